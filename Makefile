@@ -1,0 +1,48 @@
+# `make` lists the rules. Everything runs in .venv, which the first rule that needs it creates.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-full lint bench lock clean
+
+PYTHON_VENV := .venv/bin/python
+STAMP := .venv/.installed
+# Two test processes share the cores, and so do the two ranks of a launch: one thread each.
+TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+
+help: ## list the rules
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1 \2/p' Makefile | \
+		while read -r rule what; do printf '  make %-12s %s\n' "$$rule" "$$what"; done
+
+$(STAMP): requirements/dev.txt pyproject.toml tools/bootstrap.sh
+	@tools/bootstrap.sh
+	@touch $@
+
+venv: $(STAMP) ## create or update .venv from the lock
+
+quickstart: $(STAMP) ## train an 8-expert Default MoE on this machine's CPU (no GPU needed)
+	@$(PYTHON_VENV) tools/quickstart.py
+
+test: $(STAMP) ## every test that needs no GPU, without the long ones
+	$(TEST_ENV) $(PYTHON_VENV) -m pytest -n 2 --dist loadgroup --ignore=tests/distributed
+	@if [ -d tests/distributed ]; then set -x; \
+		$(TEST_ENV) $(PYTHON_VENV) -m pytest tests/distributed; fi
+
+test-full: $(STAMP) ## every test, the long ones included
+	$(TEST_ENV) $(PYTHON_VENV) -m pytest -m "" -n 2 --dist loadgroup --ignore=tests/distributed
+	@if [ -d tests/distributed ]; then set -x; \
+		$(TEST_ENV) $(PYTHON_VENV) -m pytest -m "" tests/distributed; fi
+
+lint: $(STAMP) ## ruff (lint and format) and mypy
+	$(PYTHON_VENV) -m ruff check
+	$(PYTHON_VENV) -m ruff format --check
+	$(PYTHON_VENV) -m mypy
+
+bench: $(STAMP) ## measure the overhead against TopK and write docs/results/
+	$(PYTHON_VENV) bench/overhead.py
+
+lock: ## resolve requirements/*.in anew into requirements/*.txt
+	@tools/bootstrap.sh lock
+
+clean: ## remove .venv, .uv and the caches (runs/ stays)
+	rm -rf .venv .uv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

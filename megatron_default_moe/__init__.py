@@ -1,0 +1,48 @@
+"""Default MoE on Megatron-Core: a sparse Mixture of Experts whose router learns from every expert.
+
+The public API; everything else is an implementation detail. Names are imported on first use, so
+that ``megatron_default_moe.cpu`` can prepare a machine without a GPU before Megatron is imported.
+
+    RouterGradientConfig              what the router learns from (config.py)
+    attach                            validate the options and hook them into a TransformerConfig
+    default_moe_spec                  Megatron's layer spec with this package's MoE layers
+    DefaultMoEGPTModelConfig          a GPTModelConfig that builds with them (model.py)
+    DefaultMoELayer, DefaultMoERouter, DefaultMoE{AllGather,AlltoAll,Flex}TokenDispatcher
+    commit, reduce_step_sums          the two moments of a step, for one's own training loop
+    functional                        the maths, as pure functions
+    UserError                         raised for a mistake that the user can mend
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RouterGradientConfig": "config",
+    "attach": "model",
+    "default_moe_spec": "model",
+    "DefaultMoEGPTModelConfig": "model",
+    "DefaultMoELayer": "moe_layer",
+    "DefaultMoERouter": "router",
+    "DefaultMoEAllGatherTokenDispatcher": "token_dispatcher",
+    "DefaultMoEAlltoAllTokenDispatcher": "token_dispatcher",
+    "DefaultMoEFlexTokenDispatcher": "token_dispatcher",
+    "commit": "default_vectors",
+    "reduce_step_sums": "default_vectors",
+    "UserError": "errors",
+}
+
+__all__ = [*_HOME, "__version__", "functional"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name == "functional":
+        return importlib.import_module("megatron_default_moe.functional")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    # Megatron's --spec reads the module's dictionary.
+    globals()[name] = value
+    return value

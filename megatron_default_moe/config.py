@@ -1,0 +1,144 @@
+"""What a user chooses: one frozen dataclass, from which the command line flags are generated."""
+
+import argparse
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from typing import Any, Literal
+
+from megatron_default_moe.errors import UserError
+
+
+def _flag(default: Any, flag: str, **argparse_kwargs: Any) -> Any:
+    """A field with this default whose command line flag is ``--flag``.
+
+    The parser's default is None, "not given", so that a preset can tell what the user typed.
+    """
+    meta = {
+        "arg_names": [f"--{flag}"],
+        "dest": flag.replace("-", "_"),
+        "default": None,
+        **argparse_kwargs,
+    }
+    return dataclasses.field(default=default, metadata={"argparse_meta": meta})
+
+
+def _switch(default: bool, flag: str) -> Any:
+    """A boolean field with ``--flag`` and ``--no-flag``."""
+    return _flag(default, flag, action=argparse.BooleanOptionalAction)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterGradientConfig:
+    """How the router learns: which gradient reaches it from the experts a token did not use."""
+
+    gradient: Literal["topk", "default"] = _flag("default", "moe-router-gradient")
+    """Router-gradient estimator. 'default' (Default MoE) lets the default vector of every expert
+    a token did not use stand in for that expert's output; 'topk' is stock Megatron."""
+
+    beta: float = _flag(0.99, "default-vector-beta")
+    """Share of the old default vector kept at each optimizer step, in [0, 1)."""
+
+    weighting: Literal["router", "uniform"] = _flag("router", "default-vector-weighting")
+    """Weight of a token in the mean output of its expert: its router probability, or one."""
+
+    order: Literal["after-use", "before-use"] = _flag("after-use", "default-vector-order")
+    """'after-use': every micro-batch of a step uses the vectors of the step before; one extra
+    collective per step. 'before-use' (the paper's): a micro-batch's own outputs enter the vectors
+    it uses; one extra collective per MoE layer and forward pass."""
+
+    in_forward: bool = _switch(True, "default-vector-in-forward")
+    """Add the default vectors in the forward pass. Off: backward only, the forward is TopK's."""
+
+    in_eval: bool = _switch(True, "default-vector-in-eval")
+    """Use the default vectors in evaluation and inference too. They are part of the model: turn
+    this off only to measure what they carry."""
+
+    init: Literal["zeros", "gaussian"] = _flag("zeros", "default-vector-init")
+    """Start of the default vectors: zeros, or a normal distribution with --init-method-std."""
+
+    bias_correction: bool = _switch(False, "default-vector-bias-correction")
+    """Divide a vector by 1 - beta^n after its n-th update, which removes the pull of its start at
+    zero (and the warm-up that this start gives)."""
+
+    from_baseline: bool = _flag(
+        False, "default-vector-from-baseline", action="store_const", const=True
+    )
+    """Accept a checkpoint that has no default vectors (a plain Megatron one): they start as
+    --default-vector-init says, with one warning."""
+
+    def __post_init__(self) -> None:
+        """Check the values themselves; combinations with Megatron's options are in support.py."""
+        if not 0.0 <= self.beta < 1.0:
+            raise UserError(
+                f"--default-vector-beta must be at least 0 and below 1, not {self.beta}: it is the"
+                " share of the old vector kept at each step (0.99 by default)"
+            )
+        if self.init == "gaussian" and self.bias_correction:
+            raise UserError(
+                "--default-vector-bias-correction undoes a start at zero and cannot be combined"
+                " with --default-vector-init gaussian: drop one of the two"
+            )
+
+    @property
+    def uses_default_vectors(self) -> bool:
+        """Whether the model holds default vectors at all."""
+        return self.gradient == "default"
+
+
+PAPER_PRESET = {
+    "order": "before-use",
+    "beta": 0.9,
+    "weighting": "router",
+    "in_forward": True,
+}
+"""--paper-default-moe: the published method, where it differs from the defaults or states them."""
+
+
+def add_router_gradient_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add the package's flags to Megatron's parser, as one group.
+
+    Args:
+        parser: Megatron's argument parser.
+
+    Returns:
+        The same parser (the form ``extra_args_provider`` wants).
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    factory = ArgumentGroupFactory(RouterGradientConfig)
+    for field in dataclasses.fields(RouterGradientConfig):
+        # The factory shows docstrings as they are; the default belongs to the help too.
+        text = " ".join(factory.field_docstrings[field.name].split())
+        default: Any = field.default
+        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+        factory.field_docstrings[field.name] = f"{text} Default: {shown}."
+    group = factory.build_group(parser, title="router gradient (megatron_default_moe)")
+    group.add_argument(
+        "--paper-default-moe",
+        action="store_true",
+        help="Preset: the published method (--default-vector-order before-use, "
+        "--default-vector-beta 0.9, --default-vector-weighting router, "
+        "--default-vector-in-forward). An explicit flag wins over it.",
+    )
+    return parser
+
+
+def options_from_args(args: Namespace) -> RouterGradientConfig:
+    """Build the options from parsed arguments: explicit flags over the preset over the defaults.
+
+    Args:
+        args: the namespace of a parser that :func:`add_router_gradient_args` extended. Flags that
+            are missing from it count as not given.
+
+    Returns:
+        The validated options.
+
+    Raises:
+        UserError: a value out of range, or two flags that exclude each other.
+    """
+    values: dict[str, Any] = dict(PAPER_PRESET) if getattr(args, "paper_default_moe", False) else {}
+    for field in dataclasses.fields(RouterGradientConfig):
+        given = getattr(args, field.metadata["argparse_meta"]["dest"], None)
+        if given is not None:
+            values[field.name] = given
+    return RouterGradientConfig(**values)

@@ -1,0 +1,9 @@
+"""The one exception for a user's mistake: a sentence that names the flag and the way out."""
+
+
+class UserError(ValueError):
+    """A mistake in the flags, files or environment the user gave.
+
+    The message is one sentence that names the flag or file and what to do instead. The command
+    line entries print it after ``error:`` and exit with code 2, without a traceback.
+    """

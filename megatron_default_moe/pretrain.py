@@ -1,0 +1,189 @@
+"""The entry: ``torchrun ... -m megatron_default_moe.pretrain [--config FILE.yaml] <flags>``.
+
+Takes every Megatron flag and this package's, real data and ``--mock-data``, and runs Megatron's own
+``pretrain``. Without a CUDA device the same command runs on the CPU (``cpu.py``). A user's mistake
+ends in one sentence and exit code 2, before any work is done.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+from megatron_default_moe import cpu
+from megatron_default_moe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say(line: str) -> None:
+    """Print one line of our own, once per run."""
+    if _rank() == 0:
+        print(f"> {line}", flush=True)
+
+
+def _single_process_environment() -> None:
+    """Without torchrun, be a run of one process (and let the system choose the port)."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+def _quiet_expected_warnings() -> None:
+    """On the CPU, Megatron warns at import of every library that only a GPU could use."""
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer ?Engine|transformer-engine)")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Megatron's parser with this package's flags, whose errors are one sentence."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_default_moe.flags import OneSentenceParser
+
+    parser = OneSentenceParser(prog="megatron_default_moe.pretrain", allow_abbrev=False)
+    return _add_args(add_megatron_arguments(parser))
+
+
+def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    from megatron_default_moe.config import add_router_gradient_args
+
+    add_router_gradient_args(parser)
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="Flags by name, one a line; the command line wins."
+    )
+    return parser
+
+
+def _megatron_args(argv: list[str]) -> Any:
+    """Let Megatron parse and validate, and say its refusals in one sentence."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    sys.argv = [sys.argv[0], *argv]
+    try:
+        return parse_and_validate_args(
+            extra_args_provider=_add_args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+        )
+    except (AssertionError, ValueError, OSError) as error:
+        raise UserError(f"Megatron refuses these arguments: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The message of an exception, or where an assertion without one stands."""
+    message = " ".join(str(error).split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return message or f"the check '{frame.line}' ({os.path.basename(frame.filename)}) failed"
+
+
+def _model_config(args: Any, options: Any) -> Any:
+    """Megatron's GPT model config with the options attached."""
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    from megatron_default_moe.model import DefaultMoEGPTModelConfig, attach
+
+    try:
+        transformer = core_transformer_config_from_args(args)
+        attach(transformer, options)
+        return gpt_config_from_args(
+            args, config=transformer, model_config_cls=DefaultMoEGPTModelConfig
+        )
+    except UserError:
+        raise
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses these arguments: {_reason(error)}") from error
+
+
+def _tracker(args: Any) -> Any:
+    from megatron_default_moe.metrics import Progress, RouterMetricsTracker
+
+    iterations = args.train_iters or args.train_samples // args.global_batch_size
+    return RouterMetricsTracker(
+        log_interval=args.log_interval,
+        num_experts=args.num_experts,
+        progress=Progress(iterations, args.seq_length),
+    )
+
+
+def run(argv: list[str]) -> None:
+    """Train as the flags say.
+
+    Args:
+        argv: the command line, without the program's name.
+
+    Raises:
+        UserError: a mistake in the flags or files.
+    """
+    _single_process_environment()
+    on_cpu = cpu.needed()
+    if on_cpu or _rank() != 0:
+        _quiet_expected_warnings()
+    if on_cpu:
+        cpu.install()
+        _say("no CUDA device: running on the CPU (gloo)")
+    else:
+        cpu.use_wheel_dataset_helpers()
+    from megatron_default_moe import checkpoint, patches, support
+    from megatron_default_moe.config import options_from_args
+    from megatron_default_moe.flags import expand_config
+
+    patches.check_version()
+    parser = _parser()
+    argv = expand_config(parser, argv)
+    if on_cpu:
+        from megatron_default_moe import cpu_flags
+
+        argv, chosen = cpu_flags.apply(parser, argv)
+        _say(f"chosen for the CPU: {' '.join(chosen)}")
+    parsed = parser.parse_args(argv)
+    options = options_from_args(parsed)
+    support.check(parsed, options)
+    args = _megatron_args(argv)
+    model_config = _model_config(args, options)
+    checkpoint.prepare_load(args, options)
+    _say(f"router gradient: {options}")
+    patches.install()
+    _pretrain(args, model_config)
+
+
+def _pretrain(args: Any, model_config: Any) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+    from megatron.training import inprocess_restart, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_default_moe import gpt_data
+
+    set_moe_metrics_tracker(_tracker(args))
+    pretrain_maybe_restarting, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    pretrain_maybe_restarting(
+        pretrain_cfg_container_from_args(args, model_config),
+        gpt_data.datasets_provider(model_config.transformer),
+        ModelType.encoder_or_decoder,
+        gpt_data.forward_step,
+        store=store,
+        get_embedding_ranks=gpt_data.embedding_ranks(model_config.transformer),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, and turn a user's mistake into one line and exit code 2."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

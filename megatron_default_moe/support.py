@@ -1,0 +1,292 @@
+"""Which Megatron options work with which router gradient: one table for code, docs and tests.
+
+A rule names the situation, says why in one sentence that names the flag and the way out, and holds
+a predicate over *settings*: Megatron's parsed arguments or a TransformerConfig, whose attributes
+have the same names. The entry point checks the arguments before anything touches a GPU; ``attach``
+checks the config for everybody else.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+from megatron_default_moe.config import RouterGradientConfig
+from megatron_default_moe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Settings:
+    """Read access to parsed arguments or a TransformerConfig under one set of names.
+
+    An attribute that one of the two does not have reads as None.
+    """
+
+    def __init__(self, source: Any, options: RouterGradientConfig) -> None:
+        """Wrap ``source`` and the package's own options."""
+        self._source = source
+        self.options = options
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the setting, or None."""
+        return getattr(self._source, name, None)
+
+    @property
+    def experts(self) -> int | None:
+        """Number of experts (``num_experts`` in arguments, ``num_moe_experts`` in a config)."""
+        return self.num_experts or self.num_moe_experts
+
+    @property
+    def score(self) -> str:
+        """The router's score function."""
+        return self.moe_router_score_function or "softmax"
+
+    @property
+    def topk(self) -> int:
+        """Experts per token."""
+        return self.moe_router_topk or 2
+
+    @property
+    def balancing(self) -> list[str]:
+        """The load-balancing types, as a list."""
+        kind = self.moe_router_load_balancing_type
+        return [kind] if isinstance(kind, str) else list(kind or [])
+
+    @property
+    def graph_modules(self) -> list[str]:
+        """Names of the modules captured by CUDA graphs."""
+        return [getattr(module, "name", str(module)) for module in self.cuda_graph_modules or []]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row of the support table."""
+
+    situation: str
+    """What the user asked for, in the user's flags."""
+    verdict: Literal["refused", "warned"]
+    sentence: str
+    """Why, and what to do instead."""
+    applies: Callable[[Settings], Any]
+    topk_too: bool = False
+    """Whether it also concerns ``--moe-router-gradient topk``."""
+
+
+_TO_TOPK = "or train with --moe-router-gradient topk"
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "no --num-experts",
+        "refused",
+        "--num-experts is missing: a router gradient needs a Mixture-of-Experts model, for example"
+        " --num-experts 8 --moe-router-topk 1",
+        lambda s: not s.experts,
+        topk_too=True,
+    ),
+    Rule(
+        "softmax gate without --moe-router-pre-softmax",
+        "refused",
+        "--moe-router-pre-softmax is needed: without it the softmax is over the chosen experts"
+        " only, and the others have no probability that a default vector could be weighted with",
+        lambda s: s.score == "softmax" and not s.moe_router_pre_softmax,
+    ),
+    Rule(
+        "--moe-router-score-function sigmoid or sqrtsoftplus with --moe-router-topk above 1",
+        "refused",
+        "--moe-router-score-function sigmoid and sqrtsoftplus normalise over the chosen experts"
+        " when --moe-router-topk is above 1, which leaves the others without a probability: use"
+        " --moe-router-score-function softmax --moe-router-pre-softmax, or --moe-router-topk 1",
+        lambda s: s.score != "softmax" and s.topk > 1,
+    ),
+    Rule(
+        "--moe-router-score-function sigmoid or sqrtsoftplus with --moe-router-topk 1",
+        "warned",
+        "--moe-router-score-function sigmoid and sqrtsoftplus do not sum to one over the experts:"
+        " the default vectors may outweigh the chosen expert (softmax is the published gate)",
+        lambda s: s.score != "softmax" and s.topk == 1,
+    ),
+    Rule(
+        "--moe-router-load-balancing-type sinkhorn",
+        "refused",
+        "--moe-router-load-balancing-type sinkhorn weights experts by another function than the"
+        " one it chooses them with: use aux_loss, seq_aux_loss or global_aux_loss",
+        lambda s: "sinkhorn" in s.balancing,
+    ),
+    Rule(
+        "--moe-apply-probs-on-input",
+        "refused",
+        "--moe-apply-probs-on-input makes an expert return E(p x) instead of p E(x), from which no"
+        " mean output can be taken: drop the flag",
+        lambda s: s.moe_apply_probs_on_input,
+    ),
+    Rule(
+        "--moe-router-topk equal to --num-experts",
+        "warned",
+        "--moe-router-topk equals --num-experts: every expert is active and the default vectors"
+        " are never used",
+        lambda s: s.experts and s.topk >= s.experts,
+    ),
+    Rule(
+        "--moe-router-force-load-balancing or --moe-router-force-biased",
+        "warned",
+        "--moe-router-force-load-balancing and --moe-router-force-biased route at random, for"
+        " benchmarks: the default vectors of such a run mean nothing",
+        lambda s: s.moe_router_force_load_balancing or s.moe_router_force_biased is not None,
+    ),
+    Rule(
+        "--default-vector-weighting uniform with FP8 or FP4",
+        "warned",
+        "--default-vector-weighting uniform divides expert outputs by small probabilities, which"
+        " amplifies the rounding of FP8 and FP4: --default-vector-weighting router does not",
+        lambda s: s.options.weighting == "uniform" and (s.fp8 or s.fp4),
+    ),
+    Rule(
+        "--tensor-model-parallel-size above 1 without --sequence-parallel",
+        "refused",
+        "--sequence-parallel is needed with --tensor-model-parallel-size above 1: Megatron trains"
+        " MoE layers with tensor parallelism only on split sequences",
+        lambda s: (s.tensor_model_parallel_size or 1) > 1 and not s.sequence_parallel,
+        topk_too=True,
+    ),
+    Rule(
+        "--transformer-impl local with biases in experts on one rank",
+        "refused",
+        "--disable-bias-linear is needed with --transformer-impl local on one expert rank:"
+        " Megatron's local experts add their bias in place there, which autograd refuses",
+        lambda s: (
+            s.transformer_impl == "local"
+            and s.add_bias_linear
+            and (s.expert_model_parallel_size or 1) == 1
+            and (s.expert_tensor_parallel_size or s.tensor_model_parallel_size or 1) == 1
+        ),
+        topk_too=True,
+    ),
+    Rule(
+        "--moe-token-dispatcher-type flex (DeepEP, HybridEP, NCCL-EP)",
+        "refused",
+        "--moe-token-dispatcher-type flex has not been verified on a GPU with default vectors: use"
+        f" --moe-token-dispatcher-type alltoall, {_TO_TOPK}",
+        lambda s: s.moe_token_dispatcher_type == "flex",
+    ),
+    Rule(
+        "--moe-expert-rank-capacity-factor or --moe-paged-stash",
+        "refused",
+        "--moe-expert-rank-capacity-factor and --moe-paged-stash repeat a step after an overflow"
+        f" and have not been verified with default vectors: drop them, {_TO_TOPK}",
+        lambda s: s.moe_expert_rank_capacity_factor is not None or s.moe_paged_stash,
+    ),
+    Rule(
+        "--overlap-moe-expert-parallel-comm",
+        "refused",
+        "--overlap-moe-expert-parallel-comm cuts the layer into separate autograd graphs, across"
+        f" which the default term cannot reach the router: drop the flag, {_TO_TOPK}",
+        lambda s: s.overlap_moe_expert_parallel_comm,
+    ),
+    Rule(
+        "--cuda-graph-impl with more than attn and mlp in --cuda-graph-modules",
+        "refused",
+        "--cuda-graph-impl works with --cuda-graph-modules attn mlp only: a replayed graph of the"
+        " router or of the MoE layer would not update the sums of the step",
+        lambda s: (
+            s.cuda_graph_impl not in (None, "none")
+            and (not s.graph_modules or set(s.graph_modules) - {"attn", "mlp"})
+        ),
+    ),
+    Rule(
+        "--mtp-num-layers",
+        "refused",
+        "--mtp-num-layers: multi-token prediction layers are built from a spec of their own that"
+        f" does not carry default vectors yet: drop the flag, {_TO_TOPK}",
+        lambda s: s.mtp_num_layers,
+    ),
+    Rule(
+        "--transformer-impl inference_optimized",
+        "refused",
+        "--transformer-impl inference_optimized replaces the router and never forms the"
+        " probabilities of all experts: use transformer_engine or local",
+        lambda s: s.transformer_impl == "inference_optimized",
+        topk_too=True,
+    ),
+    Rule(
+        "--moe-use-upcycling",
+        "refused",
+        "--moe-use-upcycling builds a dense model first, which Megatron's model config cannot do:"
+        " upcycle with Megatron's own script, then load with --default-vector-from-baseline",
+        lambda s: s.moe_use_upcycling,
+        topk_too=True,
+    ),
+    Rule(
+        "--yaml-cfg",
+        "refused",
+        "--yaml-cfg bypasses Megatron's arguments: put the same flags into a file for --config",
+        lambda s: s.yaml_cfg,
+        topk_too=True,
+    ),
+    Rule(
+        "--hybrid-layer-pattern (hybrid models)",
+        "refused",
+        "--hybrid-layer-pattern: hybrid models are not supported yet; use a GPT model",
+        lambda s: s.hybrid_layer_pattern,
+        topk_too=True,
+    ),
+    Rule(
+        "--heterogeneous-layers-config-path",
+        "refused",
+        "--heterogeneous-layers-config-path: heterogeneous models have no MoE layers that could"
+        " carry default vectors; drop the flag",
+        lambda s: s.heterogeneous_layers_config_path or s.heterogeneous_layers_config_encoded_json,
+        topk_too=True,
+    ),
+    Rule(
+        "--use-megatron-fsdp or --use-torch-fsdp2",
+        "refused",
+        "--use-megatron-fsdp and --use-torch-fsdp2 have not been verified with default vectors:"
+        f" use --use-distributed-optimizer, {_TO_TOPK}",
+        lambda s: s.use_megatron_fsdp or s.use_torch_fsdp2,
+    ),
+    Rule(
+        "--perform-rl-step",
+        "refused",
+        "--perform-rl-step: reinforcement learning is not supported by this entry point",
+        lambda s: s.perform_rl_step,
+        topk_too=True,
+    ),
+    Rule(
+        "--use-checkpoint-args",
+        "warned",
+        "--use-checkpoint-args restores Megatron's own options only: give the --default-vector-*"
+        " flags of the run again",
+        lambda s: s.use_checkpoint_args,
+    ),
+)
+
+
+def check(source: Any, options: RouterGradientConfig) -> None:
+    """Refuse what does not work and warn of what may surprise.
+
+    Args:
+        source: Megatron's parsed arguments or a TransformerConfig.
+        options: the package's options.
+
+    Raises:
+        UserError: the first refused situation, as one sentence.
+    """
+    settings = Settings(source, options)
+    concerned = [rule for rule in RULES if rule.topk_too or options.uses_default_vectors]
+    found = [rule for rule in concerned if rule.applies(settings)]
+    for rule in found:
+        if rule.verdict == "refused":
+            raise UserError(rule.sentence)
+    for rule in found:
+        logger.warning(rule.sentence)
+
+
+def markdown() -> str:
+    """Return the table for the documentation."""
+    rows = [
+        f"| {rule.situation} | {rule.verdict}{'' if rule.topk_too else ' (default)'} |"
+        f" {rule.sentence} |"
+        for rule in RULES
+    ]
+    return "\n".join(["| situation | verdict | why, and what to do |", "|---|---|---|", *rows])

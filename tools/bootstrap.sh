@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Make .venv hold exactly what requirements/dev.txt names, and the package itself (editable).
+#
+#   tools/bootstrap.sh          create or update .venv
+#   tools/bootstrap.sh lock     write requirements/*.txt anew from requirements/*.in
+#
+# Needs bash, a package index and Python; uv is fetched with pip into .uv where it is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec </dev/null
+
+fail() {
+    echo "error: $1" >&2
+    exit 1
+}
+
+python=$(tools/find_python.sh) || python=""
+if [ -n "${PYTHON:-}" ] && [ -z "$python" ]; then
+    exit 1
+fi
+
+# A Python of any version that has pip: it knows the index, and it can fetch uv.
+with_pip=""
+for candidate in "$python" python3 python /usr/bin/python3; do
+    if [ -n "$candidate" ] && "$candidate" -m pip --version >/dev/null 2>&1 &&
+        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
+        with_pip=$candidate
+        break
+    fi
+done
+if [ -z "$with_pip" ] && [ -n "$python" ] && "$python" -m venv .uv/pip >/dev/null 2>&1; then
+    with_pip=.uv/pip/bin/python
+fi
+if [ -n "$with_pip" ]; then
+    eval "$("$with_pip" tools/uv_env.py)"
+fi
+
+if uv --version >/dev/null 2>&1; then
+    uv() { command uv "$@"; }
+else
+    uv() { .uv/packages/bin/uv "$@"; }
+    if ! uv --version >/dev/null 2>&1; then
+        [ -n "$with_pip" ] ||
+            fail "uv is missing and no python3 with pip was found to fetch it; install either one"
+        echo "fetching uv into .uv"
+        "$with_pip" -m pip install --quiet --disable-pip-version-check --upgrade --root-user-action ignore \
+            --target .uv/packages --only-binary :all: --require-hashes -r requirements/uv.txt ||
+            fail "pip could not fetch uv; is a package index within reach?"
+    fi
+fi
+
+if [ "${1:-}" = lock ]; then
+    for name in dev uv; do
+        uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url \
+            --no-emit-find-links --no-header --python-version 3.12 --python "${python:-3.12}" \
+            "requirements/$name.in" -o "requirements/$name.txt" >/dev/null
+    done
+    exit 0
+fi
+
+is_312='import sys; sys.exit(sys.version_info[:2] != (3, 12))'
+if ! .venv/bin/python -c "$is_312" 2>/dev/null; then
+    rm -rf .venv
+    if [ -n "$python" ]; then
+        uv venv --quiet --python "$python" .venv
+    else
+        echo "no Python 3.12 on this machine: uv downloads its own"
+        uv venv --quiet --python 3.12 .venv ||
+            fail "no Python 3.12 was found and uv could not download one; set PYTHON=/path/to/python3.12"
+    fi
+fi
+
+echo "installing the locked packages into .venv (several GB the first time)"
+# Bytecode now: a process that may not write it would compile torch anew at each start (20 s).
+uv pip sync --python .venv/bin/python --compile-bytecode --require-hashes requirements/dev.txt
+# setuptools is in the lock: no build environment, so nothing outside the lock is fetched.
+uv pip install --quiet --python .venv/bin/python --offline --no-deps --no-build-isolation -e .
