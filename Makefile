@@ -1,5 +1,5 @@
 # `make` lists the rules. Everything runs in .venv, which the first rule that needs it creates.
-SHELL := /bin/bash
+SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-full lint bench lock clean

@@ -9,18 +9,40 @@ from megatron_default_moe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's file that names the latest complete iteration."""
+
 VECTORS_KEY = "router.default_vectors"
 """End of the checkpoint keys of default vectors."""
 
 
-def latest(directory: str | pathlib.Path) -> pathlib.Path | None:
-    """Return the folder of a checkpoint directory's latest complete iteration, or None."""
+def folder_of(directory: str | pathlib.Path, step: int | None = None) -> pathlib.Path | None:
+    """Return the folder of a checkpoint directory that Megatron would load, or None.
+
+    Args:
+        directory: what ``--load`` names.
+        step: the iteration ``--ckpt-step`` asks for; None is the latest complete one.
+
+    Raises:
+        UserError: the file that names the latest iteration is broken.
+    """
     root = pathlib.Path(directory)
-    tracker = root / "latest_checkpointed_iteration.txt"
+    if step is not None:
+        return root / f"iter_{step:07d}"
+    tracker = root / TRACKER
     if not tracker.is_file():
         return None
-    name = tracker.read_text().strip()
-    return root / (name if name == "release" else f"iter_{int(name):07d}")
+    name = tracker.read_text(errors="replace").strip()
+    if name == "release":
+        return root / name
+    if not name.isdecimal():
+        found = sorted(path.name for path in root.glob("iter_*"))
+        last = f"; the newest folder there is {found[-1]}" if found else ""
+        raise UserError(
+            f"{tracker} should hold the number of the latest complete iteration, not {name!r}:"
+            f" write it there, or choose one with --ckpt-step{last}"
+        )
+    return root / f"iter_{int(name):07d}"
 
 
 def keys(folder: pathlib.Path) -> set[str] | None:
@@ -45,20 +67,31 @@ def prepare_load(args: Any, options: RouterGradientConfig) -> None:
     """
     if not options.uses_default_vectors:
         return
-    for directory in (args.load, args.pretrained_checkpoint):
-        folder = latest(directory) if directory else None
-        names = keys(folder) if folder else None
-        if names is None or any(name.endswith(VECTORS_KEY) for name in names):
-            continue
-        if not options.from_baseline:
-            raise UserError(
-                f"--load {directory}: the checkpoint {folder} has no default vectors (a plain"
-                " Megatron checkpoint?): add --default-vector-from-baseline to start them"
-                f" at {options.init}, or train on with --moe-router-gradient topk"
-            )
-        logger.warning(
-            "%s has no default vectors: they start at %s (--default-vector-from-baseline)",
-            folder,
-            options.init,
+    flag, folder = _loaded_folder(args)
+    names = keys(folder) if folder else None
+    if names is None or any(name.endswith(VECTORS_KEY) for name in names):
+        return
+    if not options.from_baseline:
+        raise UserError(
+            f"{flag}: the checkpoint {folder} has no default vectors (a plain Megatron"
+            " checkpoint?): add --default-vector-from-baseline to start them at"
+            f" {options.init}, or train on with --moe-router-gradient topk"
         )
-        args.dist_ckpt_strictness = "log_unexpected"
+    logger.warning(
+        "%s has no default vectors: they start at %s (--default-vector-from-baseline)",
+        folder,
+        options.init,
+    )
+    args.dist_ckpt_strictness = "log_unexpected"
+
+
+def _loaded_folder(args: Any) -> tuple[str, pathlib.Path | None]:
+    """The flag and folder Megatron will load from: --pretrained-checkpoint only for a new run."""
+    if args.load:
+        folder = folder_of(args.load, args.ckpt_step)
+        if folder is not None:
+            return f"--load {args.load}", folder
+    pretrained = args.pretrained_checkpoint
+    if not pretrained:
+        return "", None
+    return f"--pretrained-checkpoint {pretrained}", folder_of(pretrained)

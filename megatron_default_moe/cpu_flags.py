@@ -135,7 +135,10 @@ REFUSALS: tuple[Refusal, ...] = (
         way_out="use --moe-expert-capacity-factor for a capacity limit",
     ),
     *_refuse(
-        "FlashAttention needs a GPU", "--use-flash-attn", "--flash-attention-version", way_out=_ALONG
+        "FlashAttention needs a GPU",
+        "--use-flash-attn",
+        "--flash-attention-version",
+        way_out=_ALONG,
     ),
     *_refuse("torch's LayerNorm has no zero-centred weight", "--apply-layernorm-1p"),
     *_refuse(_GRAPHS, "--cuda-graph-impl", allowed=("none",)),
@@ -261,7 +264,7 @@ def _given(parser: argparse.ArgumentParser, argv: list[str]) -> dict[argparse.Ac
 def _value(
     parser: argparse.ArgumentParser, given: dict[argparse.Action, str], flag: str
 ) -> str | None:
-    """The value the user gave a flag; None if it was not given or this Megatron has no such flag."""
+    """The value the user gave a flag; None if not given, or unknown to this Megatron."""
     action = parser._option_string_actions.get(flag)
     return None if action is None else given.get(action)
 
@@ -277,9 +280,7 @@ def _check_refusal(refusal: Refusal, value: str) -> None:
     raise UserError(f"{written} does not work without a GPU: {refusal.reason}; {way_out}")
 
 
-def _check_combinations(
-    parser: argparse.ArgumentParser, given: dict[argparse.Action, str]
-) -> None:
+def _check_combinations(parser: argparse.ArgumentParser, given: dict[argparse.Action, str]) -> None:
     """What one flag cannot tell alone."""
 
     def value(flag: str) -> str | None:

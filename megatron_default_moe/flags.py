@@ -13,13 +13,39 @@ variables are read as ``${oc.env:NAME}``. The command line wins over the file.
 import argparse
 import difflib
 import pathlib
+import re
 from typing import Any, Never
 
 from megatron_default_moe.errors import UserError
 
 
+_PERCENT = re.compile(r"(%%|%\(\w+\)s)|%")
+"""argparse's placeholders and escaped percent signs as group 1, or a bare percent sign."""
+
+
 class OneSentenceParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence instead of Megatron's whole usage."""
+    """An argument parser whose errors are one sentence instead of Megatron's whole usage.
+
+    It also mends two slips of upstream's own flags: help texts with a bare percent sign, and types
+    that answer an unknown name with KeyError, which argparse does not catch.
+    """
+
+    def format_help(self) -> str:
+        """Return the help, with percent signs that belong to no placeholder escaped."""
+        for action in self._actions:
+            if isinstance(action.help, str):
+                action.help = _PERCENT.sub(lambda found: found.group(1) or "%%", action.help)
+        return super().format_help()
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except KeyError:
+            names = ", ".join(
+                getattr(choice, "name", str(choice)) for choice in action.choices or ()
+            )
+            known = f" (choose from {names})" if names else ""
+            raise argparse.ArgumentError(action, f"invalid choice: {arg_string!r}{known}") from None
 
     def error(self, message: str) -> Never:
         """Raise what argparse would print.
@@ -73,17 +99,28 @@ def _flags_of_file(parser: argparse.ArgumentParser, path: pathlib.Path) -> list[
     try:
         loaded = omegaconf.OmegaConf.load(path)
         values = omegaconf.OmegaConf.to_container(loaded, resolve=True)
+    except omegaconf.errors.InterpolationResolutionError as error:
+        raise UserError(f"--config {path}: {_one_line(error)}") from error
+    except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not a valid YAML file ({_one_line(error)})") from error
     except OSError as error:
-        raise UserError(f"--config {path}: the file cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config {path}: not a valid YAML file ({reason})") from error
+        # OmegaConf raises one of its own, without an error number, for a file without lines.
+        if error.strerror is None:
+            values = None
+        else:
+            raise UserError(
+                f"--config {path}: the file cannot be read ({error.strerror})"
+            ) from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: the file must hold lines of the form 'flag: value'")
     flags: list[str] = []
     for key, value in values.items():
         flags += _flag(parser, path, str(key), value)
     return flags
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _flag(parser: argparse.ArgumentParser, path: pathlib.Path, key: str, value: Any) -> list[str]:
@@ -99,8 +136,18 @@ def _flag(parser: argparse.ArgumentParser, path: pathlib.Path, key: str, value: 
             raise UserError(f"--config {path}: {key} is a switch, write true or false")
         if value:
             return [name]
-        negative = name.replace("--", "--no-", 1)
-        # A plain switch is off unless it is set.
+        # A plain switch is off unless it is set; one with a --no- form may be on.
+        negative = name.replace("--no-", "--", 1)
+        if negative == name:
+            negative = name.replace("--", "--no-", 1)
         return [negative] if negative in action.option_strings else []
-    values = value if isinstance(value, list) else [value]
-    return [name, *(str(item) for item in values)]
+    if isinstance(value, list):
+        if action.nargs is None:
+            raise UserError(
+                f"--config {path}: {key} takes one value; write a list that is meant as text in"
+                f' quotes: {key}: "{value}"'
+            )
+        return [name, *(str(item) for item in value)]
+    text = str(value)
+    # As one word, a value with a leading dash is no flag.
+    return [f"{name}={text}"] if text.startswith("-") else [name, text]

@@ -201,6 +201,7 @@ def bias_corrected(default_vectors_ED: Tensor, updates_E: Tensor, beta: float) -
     Returns:
         [E, D].
     """
-    seen_weight_E = 1.0 - beta ** updates_E.to(default_vectors_ED.dtype)
+    # In float64: 1 - beta^n cancels when beta is near one and n small.
+    seen_weight_E = (1.0 - beta ** updates_E.double()).to(default_vectors_ED.dtype)
     scale_E = torch.where(updates_E > 0, 1.0 / seen_weight_E, 1.0)
     return default_vectors_ED * scale_E.unsqueeze(-1)

@@ -93,7 +93,7 @@ def _is_moe_layer(module: Any) -> bool:
     return isinstance(module, type) and issubclass(module, MoELayer)
 
 
-def _layer_class(options: RouterGradientConfig) -> type[MoELayer]:
+def _layer_class(options: RouterGradientConfig) -> Any:
     return DefaultMoELayer if options.uses_default_vectors else MoELayer
 
 

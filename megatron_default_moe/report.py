@@ -10,7 +10,7 @@ import csv
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -94,13 +94,13 @@ def _event_files(folder: Path) -> list[dict[str, Series]]:
     for path in sorted(folder.rglob("events.out.tfevents.*")):
         # Never purge: several tags restart at lower steps legitimately, and tags are merged above.
         reader = EventAccumulator(str(path), {"scalars": 0}, purge_orphaned_data=False).Reload()
+        tags = [tag for tag in reader.Tags()["scalars"] if not tag.endswith(" vs samples")]
         scalars: dict[str, Series] = {
-            tag: {event.step: event.value for event in reader.Scalars(tag)}
-            for tag in reader.Tags()["scalars"]
-            if not tag.endswith(" vs samples")
+            tag: {event.step: event.value for event in reader.Scalars(tag)} for tag in tags
         }
         if scalars:
-            found.append((reader.FirstEventTimestamp(), path.name, scalars))
+            begun = min(reader.Scalars(tag)[0].wall_time for tag in tags)
+            found.append((begun, path.name, scalars))
     return [scalars for *_, scalars in sorted(found, key=lambda item: item[:2])]
 
 
@@ -180,9 +180,11 @@ def _results(path: Path) -> list[str]:
 
     lines = []
     if train := column(TRAIN_LOSS):
-        (first, start), (last, end) = train[0], train[-1]
+        (first, start), (last, _) = train[0], train[-1]
+        recent = [loss for _, loss in train[-10:]]
         lines.append(
-            f"Train loss {start:.3f} at step {first['step']}, {end:.3f} at step {last['step']}."
+            f"Train loss {start:.3f} at step {first['step']}, {fmean(recent):.3f} at step "
+            f"{last['step']} (mean of the last {len(recent)} logged)."
         )
         if last["tokens"]:
             lines[-1] += f" Tokens: {int(last['tokens']):,}."

@@ -7,6 +7,7 @@ report made anew. Flags after `--` go to the training, for example `-- --train-i
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def command(config: Path, run_dir: Path, extra: Sequence[str] = ()) -> list[str]
     """The training command; the same for a new and for a resumed run."""
     data = run_dir / "data"
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(str(_short(Path(sys.executable))), "-m", "torch.distributed.run"),
         *("--standalone", "--nproc-per-node", str(RANKS)),
         *("-m", "megatron_default_moe.pretrain", "--config", str(config)),
         *("--tokenizer-model", str(data / "tokenizer.model")),
@@ -48,7 +49,7 @@ def train(command: Sequence[str]) -> int:
     # The ranks share the cores: more threads than that only wait for each other.
     threads = str(max(1, (os.cpu_count() or 1) // RANKS))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=environment, cwd=ROOT)
+    process = subprocess.Popen(command, env=environment)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
@@ -91,6 +92,8 @@ def quickstart(config: Path, run_dir: Path, flags: Sequence[str]) -> int:
     Returns:
         The exit code of the training.
     """
+    if not config.is_file():
+        raise UserError(f"--config {config} is not a file")
     prepare_stdlib(run_dir / "data", say=lambda line: print(line, flush=True))
 
     goal = int(yaml.safe_load(config.read_text())["train-iters"])
@@ -100,8 +103,8 @@ def quickstart(config: Path, run_dir: Path, flags: Sequence[str]) -> int:
         print(f"       (remove {_short(run_dir)} to start over)", flush=True)
     else:
         what = "starting" if reached is None else f"resuming at step {reached}"
-        line = command(config, run_dir, flags)
-        print(f"train: {what}, {RANKS} ranks\n{' '.join(map(str, line))}", flush=True)
+        line = command(_short(config), _short(run_dir), flags)
+        print(f"train: {what}, {RANKS} ranks\n  {shlex.join(line)}", flush=True)
         if code := train(line):
             print(f"train: ended with exit code {code}; run it again to resume", file=sys.stderr)
             return code

@@ -1,15 +1,19 @@
 """Train Megatron's own GPT model, nothing of this package but the CPU runtime in between.
 
-Launched with torchrun by `test_cpu_runtime`. Takes Megatron's flags, and with ``LOSS_LOG`` in the
-environment the last rank appends one line per step to that file: iteration, loss and gradient norm
-as hexadecimal floats, and whether the step was skipped.
+``stock_pretrain.py CASES.json OUT`` under torchrun. The file maps names to command lines; the cases
+run one after the other in one launch, because a launch costs ten seconds of imports. Every rank
+appends a line per step to ``OUT/<name>.<rank>``: loss, gradient norm and the sum of the norm
+weights as hexadecimal floats, and 1 if the step was skipped, else 0. A rank without the loss writes
+0 for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
-import os
+import json
+import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,34 +94,55 @@ def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any
     return output, functools.partial(loss_function, mask)
 
 
-def log_steps(path: str) -> None:
-    """Make the last rank write every training step to `path`, to the last bit."""
-    original = training.train_step
+def logged(original: Callable[..., Any], path: pathlib.Path) -> Callable[..., Any]:
+    """Megatron's train_step, writing every step to `path` to the last bit."""
 
     @functools.wraps(original)
     def train_step(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        losses, skipped, norm = result[0], result[1], result[5]
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            loss = float(losses["lm loss"]).hex() if losses else "none"
-            iteration = kwargs.get("iteration", get_args().curr_iteration)
-            with open(path, "a", encoding="ascii") as file:
-                file.write(f"{iteration} {loss} {float(norm or 0).hex()} {int(skipped)}\n")
+        loss, norm = (float(value or 0) for value in (result[0].get("lm loss"), result[5]))
+        norms = [
+            weight.detach().double().sum()
+            for chunk in args[2]
+            for name, weight in chunk.named_parameters()
+            if "norm" in name
+        ]
+        words = (loss.hex(), norm.hex(), float(sum(norms)).hex(), str(int(result[1])))
+        with path.open("a", encoding="ascii") as file:
+            file.write(" ".join(words) + "\n")
         return result
 
-    training.train_step = train_step
+    return train_step
+
+
+def run(argv: list[str], path: pathlib.Path) -> None:
+    """Choose the CPU's flags if there is no GPU, train, and forget the run."""
+    if cpu.needed():
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        argv, _ = cpu_flags.apply(parser, argv)
+    sys.argv[1:] = argv
+    args = parse_and_validate_args()
+    original = training.train_step
+    training.train_step = logged(original, path)
+    try:
+        config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
+    except SystemExit as end:  # --exit-interval ends this way
+        if end.code:
+            raise
+    finally:
+        training.train_step = original
+    torch.distributed.barrier()
+    training.destroy_global_state()
 
 
 def main() -> None:
-    """Choose the CPU's flags if there is no GPU, then train."""
-    if cpu.needed():
-        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-        sys.argv[1:], _ = cpu_flags.apply(parser, sys.argv[1:])
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
-    if path := os.environ.get("LOSS_LOG"):
-        log_steps(path)
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
+    """Run every case in this launch."""
+    cases, out = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
+    # Megatron uses a process group that is already there; a second rendezvous would hang.
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=90))
+    for name, argv in cases.items():
+        run(argv, out / f"{name}.{torch.distributed.get_rank()}")
     torch.distributed.destroy_process_group()
 
 

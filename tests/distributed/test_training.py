@@ -1,0 +1,184 @@
+"""Real training steps on two gloo ranks, through the package's own entry.
+
+Contract: the vectors after every step are the S/N of what the experts returned in it, computed
+apart in float64; topk is a plain Megatron run to the last bit of every loss; recomputation changes
+no bit; a skipped step leaves no trace; a resumed run continues with the identical losses and
+vectors; a user's mistake is one sentence and exit code 2.
+"""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from launching import ROOT, TINY, record, steps_of, torchrun
+
+pytestmark = pytest.mark.launch
+
+EP2 = [*TINY, "--expert-model-parallel-size", "2"]
+TP2 = [*TINY, "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
+BALANCE = ["--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", "0.01"]
+HALF_WAY = 4
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every two-rank run of this file, in one launch."""
+    out = tmp_path_factory.mktemp("runs")
+    save = ["--save", str(out / "checkpoint"), "--save-interval", str(HALF_WAY)]
+    compared = [*EP2, *BALANCE, "--train-iters", "20"]
+    cases = {
+        "ep2": EP2,
+        "recomputed": [*EP2, *RECOMPUTE, "--recompute-num-layers", "1"],
+        "uniform-k2": [*EP2, "--moe-router-topk", "2", "--default-vector-weighting", "uniform"],
+        "capacity": [*EP2, "--moe-router-topk", "2", "--moe-expert-capacity-factor", "0.7"],
+        "padded": [
+            *(*EP2, "--moe-expert-capacity-factor", "1.3"),
+            "--moe-pad-expert-input-to-capacity",
+        ],
+        "tp2": [*TP2, "--moe-token-dispatcher-type", "allgather"],
+        "pp2": [*TINY, "--pipeline-model-parallel-size", "2"],
+        "fp16": [*EP2, "--fp16", "--initial-loss-scale", str(2**40), "--hysteresis", "1"],
+        "topk": [*compared, "--moe-router-gradient", "topk"],
+        "stock": compared,
+        "first-half": [*EP2, *save, "--exit-interval", str(HALF_WAY)],
+        "second-half": [*EP2, "--load", str(out / "checkpoint")],
+        "baseline": [
+            *(*EP2, "--moe-router-gradient", "topk", "--train-iters", "2"),
+            *("--save", str(out / "baseline"), "--save-interval", "2"),
+        ],
+        "refused-baseline": [*EP2, "--load", str(out / "baseline"), "--finetune"],
+        "from-baseline": [
+            *(*EP2, "--load", str(out / "baseline"), "--finetune"),
+            "--default-vector-from-baseline",
+        ],
+        "plain-loads-default": [
+            *(*EP2, "--moe-router-gradient", "topk"),
+            *("--load", str(out / "checkpoint"), "--finetune", "--no-load-optim"),
+        ],
+    }
+    listed = {name: {"argv": argv, "stock": name == "stock"} for name, argv in cases.items()}
+    return record(out, 2, listed)
+
+
+def losses(ranks: list[dict[str, Any]]) -> list[float]:
+    assert {rank["status"] for rank in ranks} == {"ok"}, ranks[0]["status"]
+    return [step["loss"] for step in steps_of(ranks)]
+
+
+@pytest.mark.parametrize("name", ["ep2", "uniform-k2", "capacity", "padded", "tp2", "pp2"])
+def test_the_vectors_are_the_mean_expert_outputs_of_each_step(
+    runs: dict[str, Any], name: str
+) -> None:
+    steps = steps_of(runs[name])
+    assert len(steps) == 8
+    for step in steps:
+        assert sorted(step["layers"]) == [1, 2]
+        for layer in step["layers"].values():
+            error = (layer["vectors"] - layer["expected"]).norm() / layer["expected"].norm()
+            assert error < 1e-5
+
+
+def test_all_ranks_hold_the_same_vectors_to_the_bit(runs: dict[str, Any]) -> None:
+    for name in ("ep2", "tp2"):
+        for first, second in zip(*(rank["steps"] for rank in runs[name]), strict=True):
+            for number, layer in first["layers"].items():
+                assert torch.equal(layer["vectors"], second["layers"][number]["vectors"])
+
+
+def test_topk_is_stock_megatron_to_the_bit(runs: dict[str, Any]) -> None:
+    stock = losses(runs["stock"])
+    assert len(stock) == 20
+    assert losses(runs["topk"]) == stock
+    for ours, theirs in zip(steps_of(runs["topk"]), steps_of(runs["stock"]), strict=True):
+        assert ours["grad_norm"] == theirs["grad_norm"]
+        for number, layer in theirs["layers"].items():
+            assert torch.equal(layer["router_weight"], ours["layers"][number]["router_weight"])
+
+
+def test_recomputation_changes_no_bit(runs: dict[str, Any]) -> None:
+    assert losses(runs["recomputed"]) == losses(runs["ep2"])
+    for one, other in zip(steps_of(runs["recomputed"]), steps_of(runs["ep2"]), strict=True):
+        for number, layer in one["layers"].items():
+            assert torch.equal(layer["vectors"], other["layers"][number]["vectors"])
+            assert torch.equal(layer["router_grad"], other["layers"][number]["router_grad"])
+
+
+def test_a_skipped_step_leaves_no_trace_and_the_state_is_float32(runs: dict[str, Any]) -> None:
+    steps = steps_of(runs["fp16"])
+    skipped = [step["skipped"] for step in steps]
+    assert skipped[0], "no step overflowed"
+    assert not skipped[-1], "no step was taken"
+    for step in steps:
+        for layer in step["layers"].values():
+            assert layer["vectors"].dtype == torch.float32
+            taken = sum(not s for s in skipped[: steps.index(step) + 1])
+            assert layer["updates"].max() == taken
+            if not taken:
+                assert (layer["vectors"] == 0).all()
+
+
+def test_a_resumed_run_continues_to_the_bit(runs: dict[str, Any]) -> None:
+    whole = losses(runs["ep2"])
+    assert losses(runs["first-half"]) == whole[:HALF_WAY]
+    assert losses(runs["second-half"]) == whole[HALF_WAY:]
+    for name, part in (("first-half", slice(HALF_WAY)), ("second-half", slice(HALF_WAY, None))):
+        for step, same in zip(steps_of(runs[name]), steps_of(runs["ep2"])[part], strict=True):
+            for number, layer in same["layers"].items():
+                assert torch.equal(layer["vectors"], step["layers"][number]["vectors"])
+                assert torch.equal(layer["updates"], step["layers"][number]["updates"])
+
+
+def test_a_plain_checkpoint_needs_the_flag_that_says_so(runs: dict[str, Any]) -> None:
+    refused = runs["refused-baseline"][0]
+    assert "--default-vector-from-baseline" in refused["status"]
+    assert not refused["steps"]
+    assert len(losses(runs["from-baseline"])) == 8
+    baseline, started = steps_of(runs["baseline"])[-1], steps_of(runs["from-baseline"])[0]
+    assert started["loss"] < baseline["loss"], "the weights were not loaded"
+
+
+def test_a_plain_model_loads_a_default_moe_checkpoint(runs: dict[str, Any]) -> None:
+    assert losses(runs["plain-loads-default"])[0] < losses(runs["ep2"])[0]
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_default_moe.pretrain", *EP2, "--num-expert", "8"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: --num-expert is not a flag; did you mean --num-experts?"]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_entry_trains_from_a_yaml_file(tmp_path: pathlib.Path) -> None:
+    lines, flags = [], iter(EP2)
+    values: dict[str, list[str]] = {}
+    for item in flags:
+        if item.startswith("--"):
+            values[item] = current = []
+        else:
+            current.append(item)
+    for flag, given in values.items():
+        lines.append(f"{flag[2:]}: {given[0] if given else 'true'}")
+    config = tmp_path / "tiny.yaml"
+    config.write_text("\n".join(lines))
+    done = torchrun(
+        2,
+        ["-m", "megatron_default_moe.pretrain", "--config", str(config), "--train-iters", "3"],
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "iteration        3/       3" in done.stdout
+    assert "iteration        4/" not in done.stdout
+    for shown in ("consumed tokens: 768", "ETA: ", "default-vector norm: ", "load max/mean: "):
+        assert shown in done.stdout

@@ -1,0 +1,184 @@
+"""Run a list of trainings in one torchrun launch, recording every step to the last bit.
+
+``worker.py CASES.json OUT``: each case is ``{"name", "argv", ...}`` and goes through the package's
+own entry, ``pretrain.run``. A launch costs ten seconds of imports, a further case in it two. Per
+case and rank, ``OUT/<name>.<rank>.pt`` holds a list of steps: loss, gradient norm, whether skipped,
+and per MoE layer the default vectors after the step, the router gradient, and the vectors that the
+step should have led to, computed apart in float64 from what the experts returned.
+
+With ``"stock": true`` the case builds a plain GPTModelConfig and nothing is patched.
+"""
+
+import datetime
+import json
+import pathlib
+import sys
+from typing import Any
+
+from megatron_default_moe import cpu
+
+cpu.install()
+
+import torch  # noqa: E402
+from megatron.training import training as megatron_training  # noqa: E402
+
+from megatron_default_moe import default_vectors, moe_layer, naive, pretrain  # noqa: E402
+from megatron_default_moe.errors import UserError  # noqa: E402
+
+
+class Recorder:
+    """What one case did on this rank."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.layers: dict[int, dict[str, Any]] = {}
+
+    def watch_experts(self, layer: Any) -> None:
+        """Sum the experts' outputs apart from the package's own sums, in float64."""
+
+        def sum_up(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if not (layer.training and torch.is_grad_enabled()):
+                return
+            _, tokens_per_expert, probs = args
+            rows = output[0].detach()
+            weighting = layer.router.options.weighting
+            sums = naive.expert_sums(rows, tokens_per_expert, probs, weighting)
+            weights = (probs != 0).double() if weighting == "uniform" else probs.detach().double()
+            mass = naive.expert_sums(weights.reshape(-1, 1), tokens_per_expert, probs, "router")
+            # Every expert-tensor-parallel rank sees the same rows, as partial sums.
+            entry = self.layers.setdefault(id(layer), {"sums": 0, "mass": 0})
+            entry["sums"] = entry["sums"] + sums
+            entry["mass"] = entry["mass"] + mass[:, 0] / layer.token_dispatcher.tp_size
+
+        layer.experts.register_forward_hook(sum_up)
+
+    def expected(self, layer: Any, before: torch.Tensor) -> torch.Tensor:
+        """The vectors that this step should lead to."""
+        entry = self.layers.pop(id(layer))
+        router = layer.router
+        width = router.vector_width
+        flat = torch.zeros(router.num_experts, width + 1, dtype=torch.float64)
+        flat[router.local_experts, :width] = entry["sums"]
+        flat[router.local_experts, width] = entry["mass"]
+        torch.distributed.all_reduce(flat, group=router.tp_dp_cp_group)
+        return naive.ema(before, flat[:, :width], flat[:, width], router.options.beta)
+
+    def train_step(self, original: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            model = args[2]
+            layers = [m for c in model for m in c.modules() if hasattr(m, "router")]
+            watched = [m for m in layers if hasattr(m.router, "default_vectors")]
+            before = {id(m): m.router.default_vectors.double().clone() for m in watched}
+            result = original(*args, **kwargs)
+            step: dict[str, Any] = {
+                "loss": {key: value.clone() for key, value in (result[0] or {}).items()},
+                "skipped": bool(result[1]),
+                "grad_norm": result[5],
+                "layers": {},
+            }
+            for layer in layers:
+                number = layer.router.layer_number
+                step["layers"][number] = {
+                    "router_weight": layer.router.weight.detach().clone().float(),
+                    "router_grad": self.router_grads.get(number),
+                }
+            for layer in watched:
+                step["layers"][layer.router.layer_number].update(
+                    vectors=layer.router.default_vectors.clone(),
+                    updates=layer.router.default_vector_updates.clone(),
+                    expected=self.expected(layer, before[id(layer)]),
+                )
+            self.steps.append(step)
+            return result
+
+        return recorded
+
+    router_grads: dict[int, torch.Tensor]
+
+    def finalize(self, original: Any) -> Any:
+        """Keep the router gradients as finalisation leaves them, before clipping."""
+
+        def recorded(model: Any, *args: Any, **kwargs: Any) -> None:
+            original(model, *args, **kwargs)
+            self.router_grads = {
+                module.router.layer_number: module.router.weight.main_grad.detach().clone()
+                for chunk in model
+                for module in chunk.modules()
+                if hasattr(module, "router")
+            }
+
+        return recorded
+
+
+def run(case: dict[str, Any], out: pathlib.Path) -> None:
+    """Run one case and write what it did."""
+    recorder = Recorder()
+    originals = {
+        (megatron_training, "train_step"): megatron_training.train_step,
+        (default_vectors, "megatron_finalize_model_grads"): (
+            default_vectors.megatron_finalize_model_grads
+        ),
+        (moe_layer.DefaultMoELayer, "__init__"): moe_layer.DefaultMoELayer.__init__,
+        (pretrain, "_model_config"): pretrain._model_config,
+    }
+
+    def init(layer: Any, *args: Any, **kwargs: Any) -> None:
+        originals[moe_layer.DefaultMoELayer, "__init__"](layer, *args, **kwargs)
+        recorder.watch_experts(layer)
+
+    moe_layer.DefaultMoELayer.__init__ = init
+    default_vectors.megatron_finalize_model_grads = recorder.finalize(
+        default_vectors.megatron_finalize_model_grads
+    )
+    recorder.router_grads = {}
+    if case.get("stock"):
+        pretrain._model_config = _stock_model_config
+
+    def install_then_record() -> None:
+        from megatron_default_moe import patches
+
+        if not case.get("stock"):
+            originals_install()
+        assert case.get("stock") or patches.installed()
+        megatron_training.train_step = recorder.train_step(megatron_training.train_step)
+
+    from megatron_default_moe import patches
+
+    originals_install = patches.install
+    patches.install = install_then_record
+    status = "ok"
+    try:
+        pretrain.run(case["argv"])
+    except UserError as error:
+        status = f"UserError: {error}"
+    except SystemExit as end:  # --exit-interval ends this way
+        status = "ok" if not end.code else f"exit {end.code}"
+    finally:
+        patches.install = originals_install
+        for (owner, name), value in originals.items():
+            setattr(owner, name, value)
+        _forget_the_run()
+    rank = int(pretrain.os.environ["RANK"])
+    torch.save({"status": status, "steps": recorder.steps}, out / f"{case['name']}.{rank}.pt")
+
+
+def _stock_model_config(args: Any, options: Any) -> Any:
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    return gpt_config_from_args(args)
+
+
+def _forget_the_run() -> None:
+    """Back to a fresh process, as far as Megatron is concerned."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    megatron_training.destroy_global_state()
+
+
+if __name__ == "__main__":
+    cases, out_dir = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
+    # Megatron uses a process group that is already there; a second rendezvous would hang.
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=90))
+    for one in cases:
+        run(one, out_dir)
+    torch.distributed.destroy_process_group()

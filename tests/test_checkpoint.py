@@ -1,0 +1,261 @@
+"""What is checked of a checkpoint before Megatron loads it, on real torch_dist folders.
+
+Contract: the checkpoint that is looked at is the one Megatron will load; one without default
+vectors is refused by a sentence that names the way out, or accepted with one warning and a
+relaxed load if the user said so; everything else, and ``topk``, is left alone.
+"""
+
+import argparse
+import logging
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+
+from megatron_default_moe import RouterGradientConfig, UserError, checkpoint, cpu
+
+PLAIN = ("decoder.layers.mlp.router.weight", "decoder.layers.mlp.experts.linear_fc1.weight")
+VECTORS = "decoder.layers.mlp.router.default_vectors"
+WITH_VECTORS = (*PLAIN, VECTORS)
+
+Arguments = Callable[..., argparse.Namespace]
+
+
+@pytest.fixture(scope="module")
+def arguments() -> Arguments:
+    """Return a function: Megatron's own arguments for this command line."""
+    cpu.install()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return lambda *argv: parser.parse_args([str(word) for word in argv])
+
+
+def save(
+    directory: pathlib.Path, names: Iterable[str], iteration: int | str = 7, latest: bool = True
+) -> pathlib.Path:
+    """Write a real torch_dist checkpoint with these tensors, and name it the latest."""
+    from torch.distributed import checkpoint as torch_checkpoint
+
+    folder = directory / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
+    folder.mkdir(parents=True)
+    state = {name: torch.ones(2, 3) for name in names}
+    torch_checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    if latest:
+        (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return folder
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    records = [record for record in caplog.records if record.name == checkpoint.__name__]
+    assert all(record.levelno == logging.WARNING for record in records)
+    return [record.getMessage() for record in records]
+
+
+def untouched(
+    args: argparse.Namespace, options: RouterGradientConfig, caplog: pytest.LogCaptureFixture
+) -> bool:
+    """Whether prepare_load neither raises, nor warns, nor changes an argument."""
+    before = dict(vars(args))
+    checkpoint.prepare_load(args, options)
+    return vars(args) == before and not warnings(caplog)
+
+
+# Which checkpoint
+
+
+@pytest.mark.parametrize("content", ["1200", "1200\n", " 1200 "])
+def test_latest_follows_the_tracker(tmp_path: pathlib.Path, content: str) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(content)
+    assert checkpoint.folder_of(tmp_path) == tmp_path / "iter_0001200"
+    assert checkpoint.folder_of(str(tmp_path)) == tmp_path / "iter_0001200"
+
+
+def test_latest_of_a_release(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
+    assert checkpoint.folder_of(tmp_path) == tmp_path / "release"
+
+
+def test_latest_is_where_megatron_looks(tmp_path: pathlib.Path) -> None:
+    cpu.install()
+    from megatron.training.checkpointing import (
+        get_checkpoint_name,
+        get_checkpoint_tracker_filename,
+    )
+
+    for iteration in (7, 12345678):
+        tracker = pathlib.Path(get_checkpoint_tracker_filename(str(tmp_path)))
+        tracker.write_text(str(iteration))
+        folder = get_checkpoint_name(str(tmp_path), iteration, release=False, return_base_dir=True)
+        assert checkpoint.folder_of(tmp_path) == pathlib.Path(folder)
+
+
+def test_no_tracker_no_checkpoint(tmp_path: pathlib.Path) -> None:
+    assert checkpoint.folder_of(tmp_path) is None
+    assert checkpoint.folder_of(tmp_path / "absent") is None
+    save(tmp_path, PLAIN, latest=False)  # not complete before the tracker says so
+    assert checkpoint.folder_of(tmp_path) is None
+
+
+def test_a_broken_tracker_is_the_users_to_mend(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("")
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt"):
+        checkpoint.folder_of(tmp_path)
+
+
+def test_keys_of_a_torch_dist_checkpoint(tmp_path: pathlib.Path) -> None:
+    assert checkpoint.keys(save(tmp_path, WITH_VECTORS)) == set(WITH_VECTORS)
+
+
+def test_keys_of_other_formats_are_unknown(tmp_path: pathlib.Path) -> None:
+    assert checkpoint.keys(tmp_path) is None
+    assert checkpoint.keys(tmp_path / "absent") is None
+    (tmp_path / "mp_rank_00").mkdir()
+    torch.save({"model": {}}, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
+    assert checkpoint.keys(tmp_path) is None
+
+
+# What is done about it
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+@pytest.mark.parametrize("iteration", [7, "release"])
+def test_a_checkpoint_without_vectors_is_refused_by_name(
+    arguments: Arguments, tmp_path: pathlib.Path, flag: str, iteration: int | str
+) -> None:
+    folder = save(tmp_path, PLAIN, iteration)
+    args = arguments(flag, tmp_path)
+    with pytest.raises(UserError) as refusal:
+        checkpoint.prepare_load(args, RouterGradientConfig())
+    message = str(refusal.value)
+    assert "--default-vector-from-baseline" in message
+    assert "--moe-router-gradient topk" in message
+    assert str(folder) in message
+    assert message.startswith(f"{flag} {tmp_path}: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+@pytest.mark.parametrize("init", ["zeros", "gaussian"])
+def test_the_option_relaxes_the_load_with_one_warning(
+    arguments: Arguments,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    flag: str,
+    init: str,
+) -> None:
+    cpu.install()
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    folder = save(tmp_path, PLAIN)
+    args = arguments(flag, tmp_path)
+    before = dict(vars(args))
+    checkpoint.prepare_load(args, RouterGradientConfig(from_baseline=True, init=init))
+    changed = {name for name, value in vars(args).items() if value != before[name]}
+    assert changed == {"dist_ckpt_strictness"}
+    assert StrictHandling(args.dist_ckpt_strictness) is StrictHandling.LOG_UNEXPECTED
+    (warning,) = warnings(caplog)
+    assert str(folder) in warning
+    assert init in warning
+
+
+@pytest.mark.parametrize("from_baseline", [False, True])
+def test_a_checkpoint_with_vectors_is_left_alone(
+    arguments: Arguments,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    from_baseline: bool,
+) -> None:
+    save(tmp_path, WITH_VECTORS)
+    options = RouterGradientConfig(from_baseline=from_baseline)
+    assert untouched(arguments("--load", tmp_path), options, caplog)
+
+
+def test_other_names_are_not_taken_for_vectors(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    save(tmp_path, (*PLAIN, f"{VECTORS}_of_another_kind", "default_vectors"))
+    with pytest.raises(UserError, match="--default-vector-from-baseline"):
+        checkpoint.prepare_load(arguments("--load", tmp_path), RouterGradientConfig())
+
+
+@pytest.mark.parametrize("from_baseline", [False, True])
+@pytest.mark.parametrize("names", [PLAIN, WITH_VECTORS], ids=["plain", "with-vectors"])
+def test_topk_loads_anything(
+    arguments: Arguments,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    names: tuple[str, ...],
+    from_baseline: bool,
+) -> None:
+    save(tmp_path, names)
+    options = RouterGradientConfig(gradient="topk", from_baseline=from_baseline)
+    assert untouched(arguments("--load", tmp_path), options, caplog)
+
+
+@pytest.mark.parametrize("from_baseline", [False, True])
+def test_a_new_run_is_left_alone(
+    arguments: Arguments,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    from_baseline: bool,
+) -> None:
+    options = RouterGradientConfig(from_baseline=from_baseline)
+    assert untouched(arguments(), options, caplog)
+    assert untouched(arguments("--load", tmp_path), options, caplog)
+    assert untouched(arguments("--load", tmp_path / "absent"), options, caplog)
+
+
+def test_an_unknown_format_is_left_to_megatron(
+    arguments: Arguments, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "iter_0000007" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    assert untouched(arguments("--load", tmp_path), RouterGradientConfig(), caplog)
+
+
+# Megatron takes --pretrained-checkpoint only where --load has nothing yet
+
+
+def test_a_run_started_from_a_baseline_resumes_from_its_own_checkpoint(
+    arguments: Arguments, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "baseline", PLAIN)
+    save(tmp_path / "run", WITH_VECTORS)
+    args = arguments("--load", tmp_path / "run", "--pretrained-checkpoint", tmp_path / "baseline")
+    for from_baseline in (True, False):
+        options = RouterGradientConfig(from_baseline=from_baseline)
+        assert untouched(args, options, caplog)
+
+
+def test_a_baseline_is_looked_at_while_the_run_has_no_checkpoint(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    folder = save(tmp_path / "baseline", PLAIN)
+    args = arguments("--load", tmp_path / "run", "--pretrained-checkpoint", tmp_path / "baseline")
+    with pytest.raises(UserError, match=re.escape(str(folder))):
+        checkpoint.prepare_load(args, RouterGradientConfig())
+
+
+# --ckpt-step chooses another iteration than the latest
+
+
+def test_the_iteration_that_ckpt_step_chooses_is_looked_at(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    plain = save(tmp_path, PLAIN, 3)
+    save(tmp_path, WITH_VECTORS, 7)
+    args = arguments("--load", tmp_path, "--ckpt-step", 3)
+    with pytest.raises(UserError, match=re.escape(str(plain))):
+        checkpoint.prepare_load(args, RouterGradientConfig())
+
+
+def test_the_latest_is_not_looked_at_where_ckpt_step_chooses_another(
+    arguments: Arguments, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, WITH_VECTORS, 3)
+    save(tmp_path, PLAIN, 7)
+    args = arguments("--load", tmp_path, "--ckpt-step", 3)
+    assert untouched(args, RouterGradientConfig(), caplog)
