@@ -102,6 +102,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *_refuse(
         "the precision-aware optimizer is Transformer Engine's", "--use-precision-aware-optimizer"
     ),
+    *_refuse("Megatron's own attention does not take its shapes", "--multi-latent-attention"),
     *_refuse("the latent projections are Transformer Engine's", "--moe-latent-size"),
     *_refuse(
         _GROUPED,
@@ -286,11 +287,12 @@ def _check_combinations(parser: argparse.ArgumentParser, given: dict[argparse.Ac
     def value(flag: str) -> str | None:
         return _value(parser, given, flag)
 
-    if "moe_act" in (value("--recompute-modules") or "").split():
-        raise UserError(
-            f"--recompute-modules moe_act does not work without a GPU: {_GROUPED}; "
-            "use --recompute-modules moe"
-        )
+    for module in (value("--recompute-modules") or "").split():
+        if module in ("layernorm", "mla_up_proj", "moe_act"):
+            raise UserError(
+                f"--recompute-modules {module} does not work without a GPU: discarding an output "
+                "is built on Transformer Engine; use core_attn, mlp, moe or shared_experts"
+            )
     if value("--profile") is not None and value("--use-pytorch-profiler") is None:
         raise UserError(
             "--profile does not work without a GPU: it drives the CUDA profiler; "

@@ -374,3 +374,10 @@ def test_topk_accepts_a_config_that_default_vectors_cannot_use() -> None:
     dense = transformer_config(num_moe_experts=None, moe_ffn_hidden_size=None)
     with pytest.raises(UserError, match="--num-experts is missing"):
         support.check(dense, RouterGradientConfig(gradient="topk"))
+
+
+def test_the_documentation_shows_this_table() -> None:
+    import runpy
+
+    page = runpy.run_path("docs/generate_support.py", run_name="docs")
+    assert page["PATH"].read_text() == page["text"](), "run python docs/generate_support.py"

@@ -21,8 +21,8 @@ TINY = (
     " --lr 1e-2 --lr-decay-style constant --log-interval 1 --mock-data --vocab-size 127"
     " --tokenizer-type NullTokenizer --attention-dropout 0 --hidden-dropout 0 --num-workers 0"
     " --position-embedding-type rope --normalization RMSNorm --disable-bias-linear"
-    " --no-create-attention-mask-in-dataloader --eval-iters 0 --num-experts 4"
-    " --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 48"
+    " --no-create-attention-mask-in-dataloader --eval-iters 0 --eval-interval 99"
+    " --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 48"
     " --moe-token-dispatcher-type alltoall --distributed-timeout-minutes 2"
 ).split()
 TP2 = [*TINY, "--tensor-model-parallel-size", "2", "--sequence-parallel"]

@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ],
         "tp2": [*TP2, "--moe-token-dispatcher-type", "allgather"],
         "pp2": [*TINY, "--pipeline-model-parallel-size", "2"],
-        "fp16": [*EP2, "--fp16", "--initial-loss-scale", str(2**40), "--hysteresis", "1"],
+        "fp16": [*EP2, "--fp16", "--initial-loss-scale", str(2**40), "--hysteresis", "1", "--train-iters", "30"],
         "topk": [*compared, "--moe-router-gradient", "topk"],
         "stock": compared,
         "first-half": [*EP2, *save, "--exit-interval", str(HALF_WAY)],
