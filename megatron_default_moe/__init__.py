@@ -42,6 +42,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("megatron_default_moe.functional")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOME[name] not in ("config", "errors"):
+        # Before a Megatron of another version fails somewhere with an ImportError.
+        importlib.import_module(f"{__name__}.patches").check_version()
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     # Megatron's --spec reads the module's dictionary.
     globals()[name] = value

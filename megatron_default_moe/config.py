@@ -60,6 +60,12 @@ class RouterGradientConfig:
     """Divide a vector by 1 - beta^n after its n-th update, which removes the pull of its start at
     zero (and the warm-up that this start gives)."""
 
+    normalized_gate: bool = _switch(False, "default-vector-normalized-gate")
+    """For --moe-router-score-function sigmoid and sqrtsoftplus: weight every expert, used or not,
+    with its score over the sum of ALL experts' scores, so that the weights of the used experts and
+    of the default vectors sum to one. Megatron divides by the sum over the chosen experts (with
+    --moe-router-topk 1, by nothing). Changes the weights of the experts in topk training too."""
+
     from_baseline: bool = _flag(
         False, "default-vector-from-baseline", action="store_const", const=True
     )

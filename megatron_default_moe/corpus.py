@@ -39,7 +39,7 @@ FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx", "tokenizer.model")
 class CorpusSettings:
     """What decides the bytes written, apart from the corpus itself."""
 
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     """Pieces of the tokenizer; a multiple of 128 is what Megatron would pad to anyway."""
     validation_percent: int = 5
     """Share of the files that become validation data."""

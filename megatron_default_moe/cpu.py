@@ -63,11 +63,13 @@ def install() -> bool:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
+    # `with torch.device(...)` recognises torch's factories by identity: let it note the originals.
+    torch.utils._device._device_constructors()
     _replace(REPLACEMENTS)
     use_wheel_dataset_helpers()
     tracker_log = logging.getLogger("megatron.core.tensor_parallel.random")
     tracker_log.addFilter(stand_ins.is_not_generator_warning)
-    logger.info("no CUDA device: CPU runtime installed, %d names replaced", len(REPLACEMENTS))
+    logger.debug("no CUDA device: CPU runtime installed, %d names replaced", len(REPLACEMENTS))
     return True
 
 

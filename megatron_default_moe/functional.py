@@ -37,6 +37,23 @@ def inactive_probs(probs_TE: Tensor, active_TE: Tensor) -> Tensor:
     return probs_TE.to(accumulation_dtype(probs_TE)).masked_fill(active_TE, 0.0)
 
 
+def replace_active_probs(probs_TE: Tensor, active_TE: Tensor, dense_TE: Tensor) -> Tensor:
+    """Return ``probs`` with the entries of ``dense`` at the active experts.
+
+    The old values get no gradient, but stay in the graph: Megatron attaches its auxiliary losses
+    to them (``MoEAuxLossAutoScaler``), whose backward only has to be reached.
+
+    Args:
+        probs_TE: [T, E] Megatron's probabilities, zero at inactive experts.
+        active_TE: [T, E] bool, the experts each token uses.
+        dense_TE: [T, E] the probabilities to use, of all experts, in the same dtype.
+
+    Returns:
+        [T, E], still zero at inactive experts.
+    """
+    return torch.where(active_TE, dense_TE, probs_TE)
+
+
 def default_term(probs_TE: Tensor, active_TE: Tensor, default_vectors_ED: Tensor) -> Tensor:
     """Return what the default vectors add to each token's output.
 

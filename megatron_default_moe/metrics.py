@@ -89,9 +89,11 @@ class MeteredRouter(Protocol):
     """What the tracker reads of a router."""
 
     collects_details: bool
-    layer_number: int | None
-    is_mtp_layer: bool
     step_metrics: Tensor | None
+
+    @property
+    def model_layer_number(self) -> int:
+        """Number of the layer in the model, from 1, MTP layers after the decoder's."""
 
 
 class Progress:
@@ -161,8 +163,8 @@ class RouterMetricsTracker(MoEMetricsTracker):
             num_layers + (mtp_num_layers or 0), width, device=torch.cuda.current_device()
         )
         for router in self.routers:
-            if router.step_metrics is not None and router.layer_number is not None:
-                row = router.layer_number - 1 + (num_layers if router.is_mtp_layer else 0)
+            if router.step_metrics is not None:
+                row = router.model_layer_number - 1
                 table[row, 0] = 1
                 table[row, 1:] = router.step_metrics
         collection = kwargs.get("pg_collection")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -10,8 +11,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
-from megatron_default_moe import default_vectors, support
+from megatron_default_moe import default_vectors, patches, support
 from megatron_default_moe.config import RouterGradientConfig
+from megatron_default_moe.errors import UserError
 from megatron_default_moe.moe_layer import DefaultMoELayer
 from megatron_default_moe.router import DefaultMoERouter, ObservedTopKRouter
 
@@ -102,6 +104,26 @@ def _with_router(submodules: Any, options: RouterGradientConfig) -> Any:
     return dataclasses.replace(submodules, router=router)
 
 
+def with_default_moe_in_mtp(mtp_block_spec: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's ``mtp_block_spec``: multi-token prediction layers with default vectors too.
+
+    Args:
+        mtp_block_spec: upstream's function of a GPTModelConfig; its result is None without such
+            layers on this pipeline stage.
+
+    Returns:
+        A function with the same signature, its result transformed if the config has options.
+    """
+
+    @functools.wraps(mtp_block_spec)
+    def transformed(config: GPTModelConfig, *args: Any, **kwargs: Any) -> Any:
+        spec = mtp_block_spec(config, *args, **kwargs)
+        options = getattr(config.transformer, "router_gradient", None)
+        return spec if options is None else with_default_moe(spec, options)
+
+    return transformed
+
+
 def default_moe_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
     """Build Megatron's own layer spec for this config, with this package's MoE layers.
 
@@ -116,11 +138,19 @@ def default_moe_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any
 
     Returns:
         The block or layer spec.
+
+    Raises:
+        UserError: multi-token prediction with Megatron's own builder, which would build those
+            layers without default vectors.
     """
     transformer = config.transformer
+    if transformer.mtp_num_layers and not isinstance(config, DefaultMoEGPTModelConfig):
+        raise UserError(
+            "--mtp-num-layers needs this package's model config: Megatron's builder does not take"
+            " the spec of its layers from --spec; train with megatron_default_moe.pretrain, or"
+            " build from a DefaultMoEGPTModelConfig"
+        )
     if getattr(transformer, "router_gradient", None) is None:
-        from megatron_default_moe import patches
-
         covered = patches.installed()
         attach(
             transformer,
@@ -137,7 +167,8 @@ class DefaultMoEGPTModelBuilder(GPTModelBuilder):
         """Build one pipeline stage; arguments as upstream's."""
         if self._model_config.transformer_layer_spec is None:
             self._model_config.transformer_layer_spec = default_moe_spec
-        return super().build_model(*args, **kwargs)
+        with patches.while_building():
+            return super().build_model(*args, **kwargs)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,18 +1,22 @@
 """Every run-time change to Megatron, in one table.
 
-A patch exists only where Megatron has no hook. Each is applied once however often ``install`` is
-called, keeps the original as ``__wrapped__``, is logged once, and is only applied to the versions
-it was written for. (What the CPU runtime replaces is its own table, in ``cpu.py``; it never
+A patch exists only where Megatron has no hook. Those in ``PATCHES`` are applied once however often
+``install`` is called, keep the original as ``__wrapped__``, are logged once, and are only applied
+to the versions they were written for; those in ``WHILE_BUILDING`` last as long as one call of
+Megatron's model builder. (What the CPU runtime replaces is its own table, in ``cpu.py``; it never
 applies where there is a GPU.)
+
+Importing this module imports nothing of Megatron, so that the version can be checked first.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Iterator
 from typing import Any
 
-from megatron_default_moe import training
 from megatron_default_moe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,19 +33,45 @@ class Patch:
 
     module: str
     attribute: str
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    wrap: str
+    """``module:function`` of this package, which makes the replacement from the original."""
     reason: str
+
+    @property
+    def present(self) -> Any:
+        """What stands there now."""
+        return getattr(importlib.import_module(self.module), self.attribute)
+
+    def put(self, value: Any) -> None:
+        """Put a value there."""
+        setattr(importlib.import_module(self.module), self.attribute, value)
+
+    def replacement(self) -> Any:
+        """Wrap what stands there now."""
+        return pkgutil.resolve_name(self.wrap)(self.present)
 
 
 PATCHES = (
     Patch(
         module="megatron.training.training",
         attribute="train_step",
-        wrap=training.with_commit,
+        wrap="megatron_default_moe.training:with_commit",
         reason="the default vectors change after an optimizer step that was taken, and the loop "
         "has no hook there (gradient finalisation runs before it, and again in a rerun)",
     ),
 )
+"""In place from ``install`` to ``uninstall``."""
+
+WHILE_BUILDING = (
+    Patch(
+        module="megatron.training.models.gpt",
+        attribute="mtp_block_spec",
+        wrap="megatron_default_moe.model:with_default_moe_in_mtp",
+        reason="GPTModelBuilder.build_model makes the spec of the multi-token prediction layers "
+        "itself, apart from the layer spec that a config can name",
+    ),
+)
+"""In place inside ``while_building``."""
 
 
 def check_version() -> None:
@@ -56,7 +86,7 @@ def check_version() -> None:
     low, high = SUPPORTED
     if not low <= version < high:
         raise UserError(
-            f"megatron-core {package_info.__version__} is not supported: install a version from"
+            f"megatron-core {package_info.__shortversion__} is not supported: install a version from"
             f" {low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}"
             " (for example megatron-core[training]==0.19.2)"
         )
@@ -64,7 +94,7 @@ def check_version() -> None:
 
 def installed() -> bool:
     """Whether every patch is in place."""
-    return all(hasattr(_current(patch), _MARK) for patch in PATCHES)
+    return all(hasattr(patch.present, _MARK) for patch in PATCHES)
 
 
 def install() -> None:
@@ -75,22 +105,29 @@ def install() -> None:
     """
     check_version()
     for patch in PATCHES:
-        original = _current(patch)
-        if hasattr(original, _MARK):
+        if hasattr(patch.present, _MARK):
             continue
-        replacement = patch.wrap(original)
+        replacement = patch.replacement()
         setattr(replacement, _MARK, True)
-        setattr(importlib.import_module(patch.module), patch.attribute, replacement)
+        patch.put(replacement)
         logger.info("replaced %s.%s: %s", patch.module, patch.attribute, patch.reason)
 
 
 def uninstall() -> None:
     """Put the originals back."""
     for patch in PATCHES:
-        present = _current(patch)
-        if hasattr(present, _MARK):
-            setattr(importlib.import_module(patch.module), patch.attribute, present.__wrapped__)
+        if hasattr(patch.present, _MARK):
+            patch.put(patch.present.__wrapped__)
 
 
-def _current(patch: Patch) -> Any:
-    return getattr(importlib.import_module(patch.module), patch.attribute)
+@contextlib.contextmanager
+def while_building() -> Iterator[None]:
+    """Apply ``WHILE_BUILDING`` inside this block and put the originals back at its end."""
+    originals = [(patch, patch.present) for patch in WHILE_BUILDING]
+    try:
+        for patch, _ in originals:
+            patch.put(patch.replacement())
+        yield
+    finally:
+        for patch, original in originals:
+            patch.put(original)

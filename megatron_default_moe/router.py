@@ -66,6 +66,16 @@ class ObservedTopKRouter(TopKRouter):
         return self
 
     @property
+    def model_layer_number(self) -> int:
+        """Number of the layer in the model, from 1; MTP layers come after the decoder's.
+
+        Megatron numbers MTP layers from 1 again and adds them up like this for its own log
+        (``TopKRouter.apply_z_loss``).
+        """
+        number: int = self.layer_number
+        return number + self.config.num_layers if self.is_mtp_layer else number
+
+    @property
     def counts_this_pass(self) -> bool:
         """Whether this forward pass is one that the optimizer step will take gradients from.
 
@@ -79,11 +89,27 @@ class ObservedTopKRouter(TopKRouter):
         probs, routing_map = super().routing(logits, padding_mask)
         # A padding token of a filled-up expert is in the map with probability zero.
         active = routing_map & (probs != 0)
-        self._on_routed(logits.reshape(-1, self.num_experts), probs, active)
+        dense_TE = None
+        if self._needs_dense_probs:
+            dense_TE = self.dense_probs(logits.reshape(-1, self.num_experts))
+            if self.options.normalized_gate:
+                probs = functional.replace_active_probs(probs, active, dense_TE)
+        self._on_routed(dense_TE, probs, active)
         return probs, routing_map
 
-    def _on_routed(self, logits_TE: Tensor, probs_TE: Tensor, active_TE: Tensor) -> None:
-        """Count what was routed, in passes that count."""
+    @property
+    def _needs_dense_probs(self) -> bool:
+        """Whether this pass needs the probabilities of all experts."""
+        return self.options.normalized_gate or (self.collects_details and self.counts_this_pass)
+
+    def _on_routed(self, dense_TE: Tensor | None, probs_TE: Tensor, active_TE: Tensor) -> None:
+        """Count what was routed, in passes that count.
+
+        Args:
+            dense_TE: [T, E] from :meth:`dense_probs`, if this pass needs it.
+            probs_TE: [T, E] what the experts' outputs are multiplied by.
+            active_TE: [T, E] bool, the experts each token uses.
+        """
         if not self.counts_this_pass:
             return
         with torch.no_grad():
@@ -91,19 +117,23 @@ class ObservedTopKRouter(TopKRouter):
             stats.counts.add_(active_TE.sum(0))
             stats.totals[0] += active_TE.shape[0]
             if self.collects_details:
-                scores_TE = self.dense_probs(logits_TE).float()
+                assert dense_TE is not None
+                scores_TE = dense_TE.float()
                 scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
                 stats.totals[1] += torch.special.entr(scores_TE).sum()
 
     def dense_probs(self, logits_TE: Tensor) -> Tensor:
         """Return the probabilities of all experts, as Megatron computes those of the chosen.
 
+        An expert bias is not in them: it only takes part in the choice.
+
         Args:
             logits_TE: [T, E] the logits the routing saw (jitter and forced values included).
 
         Returns:
             [T, E] in the dtype of the logits: scores in float32, scaled, then cast
-            (``moe_utils.topk_routing_with_score_function``).
+            (``moe_utils.topk_routing_with_score_function``). With ``normalized_gate`` the sum of
+            the scores is over all experts, where Megatron's is over the chosen.
         """
         if self.score_function == "softmax":
             scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
@@ -112,6 +142,8 @@ class ObservedTopKRouter(TopKRouter):
         else:
             assert self.score_function == "sqrtsoftplus", self.score_function
             scores_TE = torch.nn.functional.softplus(logits_TE.float()).sqrt()
+        if self.options.normalized_gate:
+            scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
         if self.config.moe_router_topk_scaling_factor:
             scores_TE = scores_TE * self.config.moe_router_topk_scaling_factor
         return scores_TE.type_as(logits_TE)
@@ -176,7 +208,7 @@ class DefaultMoERouter(ObservedTopKRouter):
         super().set_layer_number(layer_number)
         if self.options.init == "gaussian":
             # The same numbers on every rank and in every layout: seeded by the layer alone.
-            generator = torch.Generator().manual_seed(layer_number)
+            generator = torch.Generator().manual_seed(self.model_layer_number)
             start = torch.randn(self.default_vectors.shape, generator=generator)
             self.default_vectors.copy_(start * self.config.init_method_std)
 
@@ -192,11 +224,15 @@ class DefaultMoERouter(ObservedTopKRouter):
         """Whether this forward pass adds the default term."""
         return self.training or self.options.in_eval
 
-    def _on_routed(self, logits_TE: Tensor, probs_TE: Tensor, active_TE: Tensor) -> None:
-        super()._on_routed(logits_TE, probs_TE, active_TE)
+    @property
+    def _needs_dense_probs(self) -> bool:
+        return self.uses_vectors or super()._needs_dense_probs
+
+    def _on_routed(self, dense_TE: Tensor | None, probs_TE: Tensor, active_TE: Tensor) -> None:
+        super()._on_routed(dense_TE, probs_TE, active_TE)
         self.inactive_probs = None
         if self.uses_vectors:
-            dense_TE = self.dense_probs(logits_TE)
+            assert dense_TE is not None
             self.inactive_probs = functional.inactive_probs(dense_TE, active_TE)
         if self.counts_this_pass or self._mixes_micro_batch:
             mass_E = functional.router_mass(probs_TE, active_TE, self.options.weighting).float()

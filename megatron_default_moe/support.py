@@ -95,16 +95,26 @@ RULES: tuple[Rule, ...] = (
         "--moe-router-score-function sigmoid or sqrtsoftplus with --moe-router-topk above 1",
         "refused",
         "--moe-router-score-function sigmoid and sqrtsoftplus normalise over the chosen experts"
-        " when --moe-router-topk is above 1, which leaves the others without a probability: use"
-        " --moe-router-score-function softmax --moe-router-pre-softmax, or --moe-router-topk 1",
-        lambda s: s.score != "softmax" and s.topk > 1,
+        " when --moe-router-topk is above 1, which leaves the others without a probability: add"
+        " --default-vector-normalized-gate, which normalises over all experts",
+        lambda s: s.score != "softmax" and s.topk > 1 and not s.options.normalized_gate,
     ),
     Rule(
         "--moe-router-score-function sigmoid or sqrtsoftplus with --moe-router-topk 1",
         "warned",
         "--moe-router-score-function sigmoid and sqrtsoftplus do not sum to one over the experts:"
-        " the default vectors may outweigh the chosen expert (softmax is the published gate)",
-        lambda s: s.score != "softmax" and s.topk == 1,
+        " the default vectors may outweigh the chosen expert; with --default-vector-normalized-gate"
+        " they sum to one",
+        lambda s: s.score != "softmax" and s.topk == 1 and not s.options.normalized_gate,
+    ),
+    Rule(
+        "--default-vector-normalized-gate with the softmax gate",
+        "refused",
+        "--default-vector-normalized-gate is only for sigmoid-type gates"
+        " (--moe-router-score-function sigmoid or sqrtsoftplus): drop it, a softmax over all"
+        " experts sums to one already",
+        lambda s: s.options.normalized_gate and s.score == "softmax",
+        topk_too=True,
     ),
     Rule(
         "--moe-router-load-balancing-type sinkhorn",
@@ -192,13 +202,6 @@ RULES: tuple[Rule, ...] = (
             s.cuda_graph_impl not in (None, "none")
             and (not s.graph_modules or set(s.graph_modules) - {"attn", "mlp"})
         ),
-    ),
-    Rule(
-        "--mtp-num-layers",
-        "refused",
-        "--mtp-num-layers: multi-token prediction layers are built from a spec of their own that"
-        f" does not carry default vectors yet: drop the flag, {_TO_TOPK}",
-        lambda s: s.mtp_num_layers,
     ),
     Rule(
         "--transformer-impl inference_optimized",

@@ -1,4 +1,4 @@
-"""Shared fixtures: Megatron's process groups on one rank, and small real MoE layers."""
+"""Shared fixtures: Megatron's process groups on one rank, and a builder of small real MoE layers."""
 
 import os
 from collections.abc import Iterator
@@ -40,72 +40,7 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture
 def new_layer(one_rank: None) -> Any:
-    """Return a function that builds one real MoE layer: ``new_layer(seed=1, options..., config)``.
+    """Return :func:`building.build_layer`, with process groups to build on."""
+    from building import build_layer
 
-    Keywords that RouterGradientConfig has go there, all others into TransformerConfig. Weights
-    depend on the seed alone, so layers that differ in options share them.
-    """
-    import dataclasses
-
-    import torch
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_default_moe.config import RouterGradientConfig
-    from megatron_default_moe.model import attach, with_default_moe
-
-    names = {field.name for field in dataclasses.fields(RouterGradientConfig)}
-
-    def build(seed: int = 1, stock: bool = False, **settings: Any) -> Any:
-        options = RouterGradientConfig(**{k: v for k, v in settings.items() if k in names})
-        config = TransformerConfig(
-            **{
-                "num_layers": 2,
-                "hidden_size": 12,
-                "num_attention_heads": 2,
-                "num_moe_experts": 5,
-                "moe_router_topk": 2,
-                "moe_ffn_hidden_size": 20,
-                "moe_router_pre_softmax": True,
-                "moe_router_load_balancing_type": "none",
-                "moe_token_dispatcher_type": "alltoall",
-                "gated_linear_unit": True,
-                "activation_func": torch.nn.functional.silu,
-                "add_bias_linear": False,
-                "bias_activation_fusion": False,
-                "gradient_accumulation_fusion": False,
-                "use_cpu_initialization": True,
-                **{k: v for k, v in settings.items() if k not in names},
-            }
-        )
-        torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        spec = get_gpt_layer_local_spec(config.num_moe_experts, False).submodules.mlp
-        if not stock:
-            attach(config, options)
-            spec = with_default_moe(spec, options)
-        layer = spec(config=config)
-        layer.set_layer_number(1)
-        return layer.train()
-
-    return build
-
-
-def train_step(layer: Any, *inputs: Any, grad: Any = None, taken: bool = True) -> list[Any]:
-    """One optimizer step's worth of micro-batches on one layer, without the optimizer.
-
-    Returns the outputs; the gradients add up on the parameters.
-    """
-    import torch
-
-    from megatron_default_moe import commit, reduce_step_sums
-
-    outputs = []
-    for x in inputs:
-        y, _ = layer(x)
-        (y * (torch.ones_like(y) if grad is None else grad)).sum().backward()
-        outputs.append(y.detach())
-    reduce_step_sums(layer)
-    commit(layer, taken)
-    return outputs
+    return build_layer

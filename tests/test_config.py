@@ -32,6 +32,7 @@ SWITCHES = [
     "--default-vector-in-forward",
     "--default-vector-in-eval",
     "--default-vector-bias-correction",
+    "--default-vector-normalized-gate",
 ]
 DESIGN_FLAGS = {
     *DESIGN_CHOICES,
@@ -50,6 +51,7 @@ DEFAULTS = {
     "in_eval": True,
     "init": "zeros",
     "bias_correction": False,
+    "normalized_gate": False,
     "from_baseline": False,
 }
 PAPER = {**DEFAULTS, "order": "before-use", "beta": 0.9}

@@ -10,52 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import train_step
+from building import train_step
+from layer_reference import close, expert_outputs, reference, tokens
 from torch import Tensor
 
 from megatron_default_moe import commit, naive, reduce_step_sums
 from megatron_default_moe.router import DefaultMoERouter
-
-SEQUENCE, BATCH = 13, 3
-
-
-def tokens(layer: Any, seed: int = 0, sequence: int = SEQUENCE) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(sequence, BATCH, layer.config.hidden_size, generator=generator)
-
-
-def expert_outputs(layer: Any, x_TD: Tensor) -> Tensor:
-    """[T, E, D] float64: every expert on every token, from the weights alone (SwiGLU)."""
-    outputs = []
-    for expert in layer.experts.local_experts:
-        gate, up = (x_TD.double() @ expert.linear_fc1.weight.double().T).chunk(2, dim=-1)
-        hidden = torch.nn.functional.silu(gate) * up
-        outputs.append(hidden @ expert.linear_fc2.weight.double().T)
-    return torch.stack(outputs, dim=1)
-
-
-def reference(layer: Any, x: Tensor, vectors_ED: Tensor) -> dict[str, Tensor]:
-    """What the formula gives in float64: output, routing, and each token's v_i."""
-    x_TD = x.reshape(-1, x.shape[-1]).double()
-    probs_TE = torch.softmax(x_TD @ layer.router.weight.detach().double().T, dim=-1)
-    active_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
-    active_TE.scatter_(1, probs_TE.topk(layer.config.moe_router_topk, dim=1).indices, True)
-    own_TED = expert_outputs(layer, x_TD).detach()
-    values_TED = torch.where(active_TE.unsqueeze(-1), own_TED, vectors_ED.double())
-    output_TD = (probs_TE.unsqueeze(-1) * values_TED).sum(1)
-    return {
-        "x": x_TD,
-        "probs": probs_TE,
-        "active": active_TE,
-        "own": own_TED,
-        "values": values_TED,
-        "output": output_TD,
-    }
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error <= tolerance, f"relative error {float(error):.2e}"
 
 
 @pytest.fixture(params=["alltoall", "allgather"])

@@ -40,6 +40,10 @@ TRIGGERS = {
         f"{TOP1}{NOT_SOFTMAX}sigmoid",
         f"{TOP1}{NOT_SOFTMAX}sqrtsoftplus",
     ],
+    "--default-vector-normalized-gate with the softmax gate": [
+        f"{GOOD} --default-vector-normalized-gate",
+        f"{TOP1} --default-vector-normalized-gate",
+    ],
     "--moe-router-load-balancing-type sinkhorn": [
         f"{GOOD} --moe-router-load-balancing-type sinkhorn",
         f"{GOOD} --moe-router-load-balancing-type aux_loss sinkhorn",
@@ -81,7 +85,6 @@ TRIGGERS = {
         f"{GOOD} --cuda-graph-impl local --cuda-graph-modules moe",
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules full",
     ],
-    "--mtp-num-layers": [f"{GOOD} --mtp-num-layers 1"],
     "--transformer-impl inference_optimized": [f"{GOOD} --transformer-impl inference_optimized"],
     "--moe-use-upcycling": [f"{GOOD} --moe-use-upcycling"],
     "--yaml-cfg": [f"{GOOD} --yaml-cfg run.yaml"],
@@ -118,6 +121,12 @@ HARMLESS = {
     "local with expert ranks": f"{GOOD} --transformer-impl local --expert-model-parallel-size 2",
     "several balance losses": f"{GOOD} --moe-router-load-balancing-type aux_loss seq_aux_loss",
     "capacity": f"{GOOD} --moe-expert-capacity-factor 1.25",
+    "normalised sigmoid": f"{GOOD}{NOT_SOFTMAX}sigmoid --default-vector-normalized-gate",
+    "normalised top-1": f"{TOP1}{NOT_SOFTMAX}sqrtsoftplus --default-vector-normalized-gate",
+    "groups": f"{GOOD} --moe-router-num-groups 4 --moe-router-group-topk 2",
+    "multi-token prediction": f"{GOOD} --mtp-num-layers 2 --mtp-use-repeated-layer",
+    "MLA": f"{GOOD} --multi-latent-attention",
+    "latent MoE": f"{GOOD} --moe-latent-size 64",
     "allgather": f"{GOOD} --moe-token-dispatcher-type allgather",
     "distributed optimizer": f"{GOOD} --use-distributed-optimizer",
 }
@@ -277,7 +286,7 @@ def test_the_way_out_that_a_sentence_offers_works(parser: argparse.ArgumentParse
 def test_the_first_refusal_is_raised_and_no_warning_beside_it(
     parser: argparse.ArgumentParser, caplog: pytest.LogCaptureFixture
 ) -> None:
-    line = f"{GOOD} --use-checkpoint-args --mtp-num-layers 1 --use-megatron-fsdp"
+    line = f"{GOOD} --use-checkpoint-args --yaml-cfg run.yaml --use-megatron-fsdp"
     found = set_off(parser, line)
     assert [rule.verdict for rule in found] == ["refused", "refused", "warned"]
     with pytest.raises(UserError, match=re.escape(found[0].sentence)):
@@ -342,7 +351,7 @@ CONFIGS = {
         "transformer_impl": "local",
         "add_bias_linear": True,
     },
-    "--mtp-num-layers": {"mtp_num_layers": 1},
+    "--default-vector-normalized-gate with the softmax gate": {"normalized_gate": True},
     "--cuda-graph-impl with more than attn and mlp in --cuda-graph-modules": {
         "cuda_graph_impl": "transformer_engine",
         "cuda_graph_modules": ["attn", "moe_router"],
@@ -353,9 +362,11 @@ CONFIGS = {
 @pytest.mark.parametrize("situation", CONFIGS)
 def test_a_config_is_refused_with_the_same_sentence(situation: str) -> None:
     (rule,) = [rule for rule in support.RULES if rule.situation == situation]
-    config = transformer_config(**CONFIGS[situation])
+    settings = dict(CONFIGS[situation])
+    options = RouterGradientConfig(normalized_gate=settings.pop("normalized_gate", False))
+    config = transformer_config(**settings)
     with pytest.raises(UserError) as refusal:
-        support.check(config, RouterGradientConfig())
+        support.check(config, options)
     assert str(refusal.value) == rule.sentence
 
 

@@ -37,7 +37,8 @@ def torchrun(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
         *arguments,
     ]
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
     process = subprocess.Popen(
         command,
         env={**os.environ, **settings},
@@ -56,7 +57,7 @@ def torchrun(
 
 
 def record(
-    out: pathlib.Path, ranks: int, cases: dict[str, dict[str, Any]], timeout: float = 150
+    out: pathlib.Path, ranks: int, cases: dict[str, dict[str, Any]], timeout: float = 400
 ) -> dict[str, list[dict[str, Any]]]:
     """Run the cases in one launch; return, per case, what each rank recorded."""
     listed = [{"name": name, **case} for name, case in cases.items()]

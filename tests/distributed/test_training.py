@@ -15,7 +15,7 @@ import pytest
 import torch
 from launching import ROOT, TINY, record, steps_of, torchrun
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
 EP2 = [*TINY, "--expert-model-parallel-size", "2"]
 TP2 = [*TINY, "--tensor-model-parallel-size", "2", "--sequence-parallel"]

@@ -26,6 +26,12 @@ from megatron_default_moe import default_vectors, moe_layer, naive, pretrain  # 
 from megatron_default_moe.errors import UserError  # noqa: E402
 
 
+def number_of(router: Any) -> int:
+    """Number of a router's layer in the model; Megatron numbers MTP layers from 1 again."""
+    after = router.config.num_layers if router.is_mtp_layer else 0
+    return router.layer_number + after
+
+
 class Recorder:
     """What one case did on this rank."""
 
@@ -41,14 +47,17 @@ class Recorder:
                 return
             _, tokens_per_expert, probs = args
             rows = output[0].detach()
-            weighting = layer.router.options.weighting
-            sums = naive.expert_sums(rows, tokens_per_expert, probs, weighting)
-            weights = (probs != 0).double() if weighting == "uniform" else probs.detach().double()
-            mass = naive.expert_sums(weights.reshape(-1, 1), tokens_per_expert, probs, "router")
+            weight = probs.detach().double().reshape(-1, 1)
+            if layer.router.options.weighting == "uniform":
+                rows = torch.where(weight != 0, rows / weight, 0)
+                weight = (weight != 0).double()
+            counts = tokens_per_expert.tolist()
+            sums = torch.stack([part.sum(0) for part in rows.double().split(counts)])
+            mass = torch.stack([part.sum() for part in weight.split(counts)])
             # Every expert-tensor-parallel rank sees the same rows, as partial sums.
             entry = self.layers.setdefault(id(layer), {"sums": 0, "mass": 0})
             entry["sums"] = entry["sums"] + sums
-            entry["mass"] = entry["mass"] + mass[:, 0] / layer.token_dispatcher.tp_size
+            entry["mass"] = entry["mass"] + mass / layer.token_dispatcher.tp_size
 
         layer.experts.register_forward_hook(sum_up)
 
@@ -77,13 +86,13 @@ class Recorder:
                 "layers": {},
             }
             for layer in layers:
-                number = layer.router.layer_number
+                number = number_of(layer.router)
                 step["layers"][number] = {
                     "router_weight": layer.router.weight.detach().clone().float(),
                     "router_grad": self.router_grads.get(number),
                 }
             for layer in watched:
-                step["layers"][layer.router.layer_number].update(
+                step["layers"][number_of(layer.router)].update(
                     vectors=layer.router.default_vectors.clone(),
                     updates=layer.router.default_vector_updates.clone(),
                     expected=self.expected(layer, before[id(layer)]),
@@ -101,7 +110,7 @@ class Recorder:
         def recorded(model: Any, *args: Any, **kwargs: Any) -> None:
             original(model, *args, **kwargs)
             self.router_grads = {
-                module.router.layer_number: module.router.weight.main_grad.detach().clone()
+                number_of(module.router): module.router.weight.main_grad.detach().clone()
                 for chunk in model
                 for module in chunk.modules()
                 if hasattr(module, "router")
@@ -172,6 +181,11 @@ def _forget_the_run() -> None:
     """Back to a fresh process, as far as Megatron is concerned."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        # Megatron only forgets its groups; each keeps three threads, which slow down all others.
+        world = torch.distributed.group.WORLD
+        for group in list(torch.distributed.distributed_c10d._world.pg_map):
+            if group is not world:
+                torch.distributed.destroy_process_group(group)
     megatron_training.destroy_global_state()
 
 
