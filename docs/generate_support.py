@@ -6,9 +6,19 @@ from megatron_default_moe import support
 
 TEXT = """# What works with default vectors, and what does not
 
-Generated from `megatron_default_moe/support.py` by `python docs/generate_support.py`; a test keeps the
-two equal. *refused*: the program ends with this sentence before training starts. *warned*: it says so
-and goes on. *(default)*: only with `--moe-router-gradient default`.
+Generated from `megatron_default_moe/support.py` by `python docs/generate_support.py`; a test keeps
+the two equal. *refused*: the program ends with this sentence before training starts. *warned*: it
+says so and goes on. *(default)*: only with `--moe-router-gradient default`.
+
+What the table does not name works as in Megatron. Tested against float64 references: every
+dispatcher but flex, capacity limits, groups of experts, expert bias (it chooses experts and weighs
+nothing), sigmoid and sqrtsoftplus gates, scaling factors, quantile balancing, router replay, input
+jitter, a float64 router, shared experts, padding masks (padding tokens are routed, so they count),
+and multi-token prediction layers (`--mtp-num-layers`), which have default vectors of their own.
+With `--default-vector-normalized-gate` a capacity limit still drops tokens by Megatron's own
+probabilities. Multi-latent attention and latent MoE need Transformer Engine, so a GPU: the CPU
+runtime refuses them, and only their parts are tested without one (the layers take their place in
+the spec; the vectors have the latent width and are added before the projection back).
 
 """
 PATH = pathlib.Path(__file__).with_name("support.md")

@@ -185,6 +185,11 @@ def _table() -> Iterator[Replacement]:
     target = "megatron.training.models.dist_utils.to_empty_if_meta_device"
     yield row(target, _DEVICE, stand_ins.materialised_on_cpu)
 
+    reason = "expert tensor parallelism gathers pieces of different lengths, which gloo refuses"
+    module = "megatron.core.tensor_parallel.mappings"
+    yield row(f"{module}._gather_along_first_dim", reason, stand_ins.gather_uneven)
+    yield row(f"{module}._reduce_scatter_along_first_dim", reason, stand_ins.reduce_scatter_uneven)
+
     # Optimizer and checkpoints.
     module = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     yield row(f"{module}.state_dict", _ADAM, stand_ins.with_first_states)

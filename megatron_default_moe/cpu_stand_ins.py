@@ -199,6 +199,51 @@ def without_step(original: Callable[..., Any]) -> Callable[..., Any]:
     return set_states
 
 
+# -- Megatron: uneven collectives ------------------------------------------------------------------
+# NCCL gathers pieces of different lengths; gloo wants them equal. They are padded to the longest.
+
+
+def _padded(piece: Any, length: int) -> Any:
+    return torch.cat([piece, piece.new_zeros(length - piece.shape[0], *piece.shape[1:])])
+
+
+def gather_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``_gather_along_first_dim`` with the row counts of the ranks."""
+
+    @functools.wraps(original)
+    def gather(
+        input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        sizes = output_split_sizes
+        if sizes is None or len(set(sizes)) == 1:
+            return original(input_, group, sizes, use_global_buffer)
+        length = max(sizes)
+        pieces = [input_.new_empty(length, *input_.shape[1:]) for _ in sizes]
+        torch.distributed.all_gather(pieces, _padded(input_, length), group=group)
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+
+    return gather
+
+
+def reduce_scatter_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``_reduce_scatter_along_first_dim`` with the row counts of the ranks."""
+
+    @functools.wraps(original)
+    def reduce_scatter(
+        input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        sizes = input_split_sizes
+        if sizes is None or len(set(sizes)) == 1:
+            return original(input_, group, sizes, use_global_buffer)
+        length = max(sizes)
+        pieces = [_padded(piece, length) for piece in input_.split(sizes)]
+        output = torch.empty_like(pieces[0])
+        torch.distributed.reduce_scatter(output, pieces, group=group)
+        return output[: sizes[group.rank()]]
+
+    return reduce_scatter
+
+
 # -- Megatron: asynchronous checkpoint writer ------------------------------------------------------
 
 

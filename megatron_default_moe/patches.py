@@ -86,8 +86,8 @@ def check_version() -> None:
     low, high = SUPPORTED
     if not low <= version < high:
         raise UserError(
-            f"megatron-core {package_info.__shortversion__} is not supported: install a version from"
-            f" {low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}"
+            f"megatron-core {package_info.__shortversion__} is not supported: install a version"
+            f" from {low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}"
             " (for example megatron-core[training]==0.19.2)"
         )
 

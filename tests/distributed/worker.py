@@ -20,6 +20,7 @@ from megatron_default_moe import cpu
 cpu.install()
 
 import torch  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from megatron.training import training as megatron_training  # noqa: E402
 
 from megatron_default_moe import default_vectors, moe_layer, naive, pretrain  # noqa: E402
@@ -187,6 +188,7 @@ def _forget_the_run() -> None:
             if group is not world:
                 torch.distributed.destroy_process_group(group)
     megatron_training.destroy_global_state()
+    MTPLossLoggingHelper.tracker = {}
 
 
 if __name__ == "__main__":
