@@ -18,7 +18,6 @@ from typing import Any, Never
 
 from megatron_default_moe.errors import UserError
 
-
 _PERCENT = re.compile(r"(%%|%\(\w+\)s)|%")
 """argparse's placeholders and escaped percent signs as group 1, or a bare percent sign."""
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: Megatron's process groups on one rank, and a builder of small real MoE layers."""
+"""Shared fixtures: Megatron's process groups on one rank, and small real MoE layers."""
 
 import os
 from collections.abc import Iterator

@@ -38,7 +38,7 @@ def run_python(arguments: list[str], *overlay: pathlib.Path) -> subprocess.Compl
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
 

@@ -33,7 +33,7 @@ def install(requirement: str, folder: pathlib.Path) -> None:
         [*command, "--no-deps", "--target", str(folder), requirement],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     if done.returncode:

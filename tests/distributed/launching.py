@@ -57,7 +57,7 @@ def torchrun(
 
 
 def record(
-    out: pathlib.Path, ranks: int, cases: dict[str, dict[str, Any]], timeout: float = 400
+    out: pathlib.Path, ranks: int, cases: dict[str, dict[str, Any]], timeout: float = 1200
 ) -> dict[str, list[dict[str, Any]]]:
     """Run the cases in one launch; return, per case, what each rank recorded."""
     listed = [{"name": name, **case} for name, case in cases.items()]

@@ -140,7 +140,7 @@ def main() -> None:
     """Run every case in this launch."""
     cases, out = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
     # Megatron uses a process group that is already there; a second rendezvous would hang.
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=90))
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     for name, argv in cases.items():
         run(argv, out / f"{name}.{torch.distributed.get_rank()}")
     torch.distributed.destroy_process_group()

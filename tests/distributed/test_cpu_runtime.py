@@ -23,7 +23,7 @@ TINY = (
     " --position-embedding-type rope --normalization RMSNorm --disable-bias-linear"
     " --no-create-attention-mask-in-dataloader --eval-iters 0 --eval-interval 99"
     " --num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 48"
-    " --moe-token-dispatcher-type alltoall --distributed-timeout-minutes 2"
+    " --moe-token-dispatcher-type alltoall --distributed-timeout-minutes 10"
 ).split()
 TP2 = [*TINY, "--tensor-model-parallel-size", "2", "--sequence-parallel"]
 PP2 = [*TINY, "--pipeline-model-parallel-size", "2"]
@@ -51,7 +51,7 @@ def launch(out: pathlib.Path, cases: dict[str, list[str]]) -> Runs:
     """Run the cases on two ranks; return the steps of each rank by case."""
     file = out / "cases.json"
     file.write_text(json.dumps(cases))
-    done = torchrun(2, [str(HERE / "stock_pretrain.py"), str(file), str(out)], timeout=280)
+    done = torchrun(2, [str(HERE / "stock_pretrain.py"), str(file), str(out)], timeout=1000)
     assert done.returncode == 0, done.stdout[-6000:]
     return {name: [read(out / f"{name}.{rank}") for rank in range(2)] for name in cases}
 

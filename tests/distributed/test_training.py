@@ -15,7 +15,7 @@ import pytest
 import torch
 from launching import ROOT, TINY, record, steps_of, torchrun
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
 EP2 = [*TINY, "--expert-model-parallel-size", "2"]
 TP2 = [*TINY, "--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -160,7 +160,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2
@@ -184,7 +184,7 @@ def test_the_entry_trains_from_a_yaml_file(tmp_path: pathlib.Path) -> None:
     done = torchrun(
         2,
         ["-m", "megatron_default_moe.pretrain", "--config", str(config), "--train-iters", "3"],
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "iteration        3/       3" in done.stdout

@@ -194,7 +194,7 @@ def _forget_the_run() -> None:
 if __name__ == "__main__":
     cases, out_dir = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
     # Megatron uses a process group that is already there; a second rendezvous would hang.
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=90))
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     for one in cases:
         run(one, out_dir)
     torch.distributed.destroy_process_group()
