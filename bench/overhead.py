@@ -36,6 +36,7 @@ COMMON = (
     " --moe-token-dispatcher-type alltoall --attention-dropout 0 --hidden-dropout 0"
     " --position-embedding-type rope --normalization RMSNorm --expert-model-parallel-size 2"
     " --untie-embeddings-and-output-weights --lr 1e-3 --train-iters 1000 --eval-iters 0"
+    " --no-check-for-nan-in-loss-and-grad --rerun-mode disabled"
 )
 
 
@@ -151,15 +152,16 @@ def build(size: str) -> tuple[Any, dict[str, Arm]]:
     from megatron_default_moe import cpu
 
     cpu.install()
+    # Through this name, which the CPU runtime replaces.
+    from megatron.training import training
     from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.initialize import initialize_megatron
 
     from megatron_default_moe import cpu_flags, pretrain
     from megatron_default_moe.config import options_from_args
 
     argv, _ = cpu_flags.apply(pretrain._parser(), [*COMMON.split(), *SIZES[size].split()])
     args = pretrain._megatron_args(argv)
-    initialize_megatron()
+    training.initialize_megatron()
     options = options_from_args(args)
     return args, {
         "topk": Arm(args, gpt_config_from_args(args)),

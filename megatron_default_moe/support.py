@@ -256,6 +256,23 @@ RULES: tuple[Rule, ...] = (
         topk_too=True,
     ),
     Rule(
+        "--sft, --fim-data, --dataloader-inter-document-masking or --logits-load-dir",
+        "refused",
+        "--sft, --fim-data, --dataloader-inter-document-masking and --logits-load-dir need"
+        " Megatron's own pretrain_gpt.py, with --spec megatron_default_moe default_moe_spec: this"
+        " entry feeds plain pretraining data",
+        lambda s: s.sft or s.fim_data or s.dataloader_inter_document_masking or s.logits_load_dir,
+        topk_too=True,
+    ),
+    Rule(
+        "--lr-warmup-iters not below --lr-decay-iters",
+        "refused",
+        "--lr-warmup-iters must be below --lr-decay-iters (which is --train-iters unless given):"
+        " shorten the warm-up or train longer",
+        lambda s: s.train_iters and (s.lr_warmup_iters or 0) >= (s.lr_decay_iters or s.train_iters),
+        topk_too=True,
+    ),
+    Rule(
         "--use-checkpoint-args",
         "warned",
         "--use-checkpoint-args restores Megatron's own options only: give the --default-vector-*"

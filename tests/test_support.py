@@ -97,6 +97,16 @@ TRIGGERS = {
         f"{GOOD} --use-megatron-fsdp",
         f"{GOOD} --use-torch-fsdp2",
     ],
+    "--sft, --fim-data, --dataloader-inter-document-masking or --logits-load-dir": [
+        f"{GOOD} --sft",
+        f"{GOOD} --fim-data",
+        f"{GOOD} --dataloader-inter-document-masking",
+        f"{GOOD} --logits-load-dir somewhere",
+    ],
+    "--lr-warmup-iters not below --lr-decay-iters": [
+        f"{GOOD} --train-iters 10 --lr-warmup-iters 10",
+        f"{GOOD} --train-iters 10 --lr-decay-iters 5 --lr-warmup-iters 5",
+    ],
     "--perform-rl-step": [f"{GOOD} --perform-rl-step"],
     "--use-checkpoint-args": [f"{GOOD} --use-checkpoint-args"],
 }
