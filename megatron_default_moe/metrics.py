@@ -8,7 +8,7 @@ small all-reduce over the pipeline gathers all layers; on other steps it costs n
 
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -99,17 +99,16 @@ class MeteredRouter(Protocol):
 class Progress:
     """Tokens seen and time left, for the log line (Megatron prints neither)."""
 
-    def __init__(self, train_iters: int, tokens_per_sample: int) -> None:
-        """Start; the clock starts with the first step that is reported."""
+    def __init__(self, train_iters: int, tokens: Callable[[], int]) -> None:
+        """Start; the clock starts with the first step that is reported.
+
+        Args:
+            train_iters: number of the run's last step.
+            tokens: returns the tokens consumed since the run began, in earlier processes too.
+        """
         self.train_iters = train_iters
-        self.tokens_per_sample = tokens_per_sample
+        self.tokens = tokens
         self._start: tuple[int, float] | None = None
-
-    def tokens(self) -> int:
-        """Tokens consumed since the run began, earlier processes of it included."""
-        from megatron.training import get_args
-
-        return int(get_args().consumed_train_samples) * self.tokens_per_sample
 
     def eta(self, iteration: int) -> datetime.timedelta | None:
         """Time left at this process's mean pace so far; None before it is known."""

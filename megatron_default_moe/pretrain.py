@@ -109,7 +109,7 @@ def _tracker(args: Any) -> Any:
     return RouterMetricsTracker(
         log_interval=args.log_interval,
         num_experts=args.num_experts,
-        progress=Progress(iterations, args.seq_length),
+        progress=Progress(iterations, lambda: args.consumed_train_samples * args.seq_length),
     )
 
 

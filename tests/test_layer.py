@@ -337,17 +337,26 @@ def test_a_bad_expert_output_never_reaches_the_vectors(new_layer: Any) -> None:
     assert layer.router.rejected_updates.item() == 1
 
 
-def test_a_step_reduces_in_one_collective(new_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = torch.nn.ModuleList([new_layer(), new_layer()])
-    calls = []
-    original = torch.distributed.all_reduce
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda *a, **k: (calls.append(a), original(*a, **k))[1]
-    )
+@pytest.mark.parametrize(("order", "in_forward"), [("after-use", 0), ("before-use", 2)])
+def test_every_collective_of_a_step_is_accounted_for(
+    new_layer: Any, monkeypatch: pytest.MonkeyPatch, order: str, in_forward: int
+) -> None:
+    layers = torch.nn.ModuleList([new_layer(order=order), new_layer(order=order)])
+    calls: list[str] = []
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single",
+                 "broadcast", "reduce_scatter", "reduce_scatter_tensor"):  # fmt: skip
+        original = getattr(torch.distributed, name)
+
+        def counted(*args: Any, _name: str = name, _call: Any = original, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _call(*args, **kwargs)
+
+        monkeypatch.setattr(torch.distributed, name, counted)
     for layer in layers:
         layer(tokens(layer))
-    assert not calls, "the forward communicates"
+    assert calls == ["all_reduce"] * in_forward, "one per layer and pass before-use, else none"
+    calls.clear()
     reduce_step_sums(layers)
     commit(layers, taken=True)
-    assert len(calls) == 1
+    assert calls == ["all_reduce"], "one per step, for all layers"
     assert all((layer.router.default_vector_updates > 0).any() for layer in layers)

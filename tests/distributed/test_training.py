@@ -40,7 +40,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "--moe-pad-expert-input-to-capacity",
         ],
         "tp2": [*TP2, "--moe-token-dispatcher-type", "allgather"],
-        "pp2": [*TINY, "--pipeline-model-parallel-size", "2"],
+        "pp2": [
+            *(*TINY, "--pipeline-model-parallel-size", "2", "--moe-per-layer-logging"),
+            *("--tensorboard-dir", str(out / "tensorboard")),
+        ],
         "fp16": [
             *EP2,
             "--fp16",
@@ -70,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ],
     }
     listed = {name: {"argv": argv, "stock": name == "stock"} for name, argv in cases.items()}
-    return record(out, 2, listed)
+    return {**record(out, 2, listed), "events": out / "tensorboard"}
 
 
 def losses(ranks: list[dict[str, Any]]) -> list[float]:
@@ -121,13 +124,31 @@ def test_a_skipped_step_leaves_no_trace_and_the_state_is_float32(runs: dict[str,
     skipped = [step["skipped"] for step in steps]
     assert skipped[0], "no step overflowed"
     assert not skipped[-1], "no step was taken"
-    for step in steps:
+    for number, step in enumerate(steps, start=1):
+        taken = sum(not s for s in skipped[:number])
         for layer in step["layers"].values():
             assert layer["vectors"].dtype == torch.float32
-            taken = sum(not s for s in skipped[: steps.index(step) + 1])
             assert layer["updates"].max() == taken
             if not taken:
                 assert (layer["vectors"] == 0).all()
+
+
+def test_the_log_of_the_last_rank_holds_the_layers_of_every_stage(runs: dict[str, Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs["events"])).Reload()
+    steps = steps_of(runs["pp2"])
+    for layer in (0, 1):  # one layer a stage, and only the last stage writes
+        logged = events.Scalars(f"moe/default-vector norm_layer_{layer}")
+        assert [event.step for event in logged] == list(range(1, len(steps) + 1))
+        for event, step in zip(logged, steps, strict=True):
+            norm = step["layers"][layer + 1]["vectors"].norm(dim=-1).mean()
+            assert event.value == pytest.approx(float(norm), rel=1e-5)
+        loads = [events.Scalars(f"load/layer_{layer}/expert_{i}")[-1].value for i in range(4)]
+        assert sum(loads) == pytest.approx(1)
+    both = [events.Scalars(f"moe/router entropy_layer_{layer}")[-1].value for layer in (0, 1)]
+    assert events.Scalars("router entropy")[-1].value == pytest.approx(sum(both) / 2)
+    assert events.Scalars("consumed tokens")[-1].value == 8 * 8 * 32
 
 
 def test_a_resumed_run_continues_to_the_bit(runs: dict[str, Any]) -> None:
