@@ -9,6 +9,7 @@ Floor: the median ratio is at most 1.02, or 1 lies between the quartiles.
 """
 
 import argparse
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -58,7 +59,6 @@ def launch(blocks: int, steps: int) -> None:
 
 def write(rows: list[str], blocks: int, steps: int) -> None:
     """Write the results with what is needed to read and repeat them."""
-    import megatron.core
     import torch
 
     header = [
@@ -71,7 +71,7 @@ def write(rows: list[str], blocks: int, steps: int) -> None:
         "",
         f"Command: `make bench` ({blocks} pairs of blocks of {steps} steps, two gloo ranks with one"
         f" thread each on {os.cpu_count()} cores, expert parallelism 2, fp32). torch"
-        f" {torch.__version__}, megatron-core {megatron.core.__version__}, Python"
+        f" {torch.__version__}, megatron-core {importlib.metadata.version('megatron-core')}, Python"
         f" {platform.python_version()}. The ratio is that of two neighbouring blocks, so it is not"
         " the quotient of the two columns before it.",
         "",

@@ -194,25 +194,7 @@ def prepare_stdlib(
     # Megatron names its cached sample indices after the path of the data, not after its content.
     shutil.rmtree(folder / "cache", ignore_errors=True)
 
-    parts: dict[str, list[str]] = {"train": [], "valid": []}
-    for name, text in documents.items():
-        held_out = is_validation(name, settings.validation_percent)
-        parts["valid" if held_out else "train"].append(text)
-    for part, texts in parts.items():
-        if not texts:
-            raise UserError(f"the corpus has too few files: none is left for {part}")
-
-    say(f"data: training a tokenizer of {settings.vocab_size} pieces")
-    model = train_tokenizer(parts["train"], settings.vocab_size)
-    (folder / "tokenizer.model.partial").write_bytes(model)
-    manifest: dict[str, Any] = {**key, "eod_id": EOD_ID}
-    for part, texts in parts.items():
-        tokens = write_documents(
-            folder / f"{part}.partial", _encode(model, texts), settings.vocab_size
-        )
-        manifest[part] = {"files": len(texts), "characters": sum(map(len, texts)), "tokens": tokens}
-        say(f"data: {part}: {len(texts)} files, {tokens:,} tokens")
-
+    manifest = {**key, **_write_parts(folder, _split(documents, settings), settings, say)}
     for name in FILES:
         partial = name + ".partial" if name.endswith(".model") else name.replace(".", ".partial.")
         os.replace(folder / partial, folder / name)
@@ -221,6 +203,38 @@ def prepare_stdlib(
     partial_manifest.write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(partial_manifest, manifest_path)
     return manifest
+
+
+def _split(documents: dict[str, str], settings: CorpusSettings) -> dict[str, list[str]]:
+    """The texts of both parts."""
+    parts: dict[str, list[str]] = {"train": [], "valid": []}
+    for name, text in documents.items():
+        held_out = is_validation(name, settings.validation_percent)
+        parts["valid" if held_out else "train"].append(text)
+    for part, texts in parts.items():
+        if not texts:
+            raise UserError(f"the corpus has too few files: none is left for {part}")
+    return parts
+
+
+def _write_parts(
+    folder: Path,
+    parts: dict[str, list[str]],
+    settings: CorpusSettings,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write tokenizer and data under partial names; return what the manifest says of them."""
+    say(f"data: training a tokenizer of {settings.vocab_size} pieces")
+    model = train_tokenizer(parts["train"], settings.vocab_size)
+    (folder / "tokenizer.model.partial").write_bytes(model)
+    written: dict[str, Any] = {"eod_id": EOD_ID}
+    for part, texts in parts.items():
+        tokens = write_documents(
+            folder / f"{part}.partial", _encode(model, texts), settings.vocab_size
+        )
+        written[part] = {"files": len(texts), "characters": sum(map(len, texts)), "tokens": tokens}
+        say(f"data: {part}: {len(texts)} files, {tokens:,} tokens")
+    return written
 
 
 def _encode(model: bytes, texts: Iterable[str]) -> Iterator[list[list[int]]]:

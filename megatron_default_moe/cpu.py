@@ -144,73 +144,83 @@ def _always(replacement: Any) -> Callable[[Any], Any]:
     return lambda original: replacement
 
 
-def _table() -> Iterator[Replacement]:
-    def row(target: str, reason: str, make: Callable[[Any], Any]) -> Replacement:
-        return Replacement(target=target, reason=reason, make=make)
+def _row(target: str, reason: str, make: Callable[[Any], Any]) -> Replacement:
+    return Replacement(target=target, reason=reason, make=make)
 
-    # Devices and streams.
-    yield row("torch.cuda.device_count", _DEVICE, _always(torch.cpu.device_count))
-    yield row("torch.cuda.current_device", _DEVICE, _always(stand_ins.current_device))
-    yield row("torch.cuda.set_device", _DEVICE, _always(stand_ins.nothing))
+
+def _devices() -> Iterator[Replacement]:
+    yield _row("torch.cuda.device_count", _DEVICE, _always(torch.cpu.device_count))
+    yield _row("torch.cuda.current_device", _DEVICE, _always(stand_ins.current_device))
+    yield _row("torch.cuda.set_device", _DEVICE, _always(stand_ins.nothing))
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         reason = "Megatron creates tensors with the literal device 'cuda'"
-        yield row(f"torch.{name}", reason, stand_ins.created_on_cpu)
+        yield _row(f"torch.{name}", reason, stand_ins.created_on_cpu)
     reason = "tensors are already where they are used"
-    yield row("torch.Tensor.cuda", reason, _always(stand_ins.itself))
+    yield _row("torch.Tensor.cuda", reason, _always(stand_ins.itself))
     reason = "Megatron's optimizers compare type names with 'torch.cuda.FloatTensor'"
-    yield row("torch.Tensor.type", reason, stand_ins.typed_as_cuda)
+    yield _row("torch.Tensor.type", reason, stand_ins.typed_as_cuda)
     reason = "compiling for the CPU takes minutes and a C++ compiler"
-    yield row("torch.compile", reason, _always(stand_ins.no_compile))
-    yield row("torch.cuda.Stream", _STREAM, _always(stand_ins.Stream))
+    yield _row("torch.compile", reason, _always(stand_ins.no_compile))
+    yield _row("torch.cuda.Stream", _STREAM, _always(stand_ins.Stream))
     for name in ("Event", "stream", "current_stream", "synchronize"):
-        yield row(f"torch.cuda.{name}", _STREAM, _always(getattr(torch.cpu, name)))
+        yield _row(f"torch.cuda.{name}", _STREAM, _always(getattr(torch.cpu, name)))
 
-    # Random numbers.
-    yield row("torch.cuda.get_rng_state", _RNG, _always(stand_ins.get_rng_state))
-    yield row("torch.cuda.set_rng_state", _RNG, _always(stand_ins.set_rng_state))
-    yield row("torch.cuda.manual_seed", _RNG, _always(stand_ins.manual_seed))
+
+def _random_numbers() -> Iterator[Replacement]:
+    yield _row("torch.cuda.get_rng_state", _RNG, _always(stand_ins.get_rng_state))
+    yield _row("torch.cuda.set_rng_state", _RNG, _always(stand_ins.set_rng_state))
+    yield _row("torch.cuda.manual_seed", _RNG, _always(stand_ins.manual_seed))
     module = "megatron.core.tensor_parallel.random"
-    yield row(f"{module}._get_cuda_rng_state", _RNG, _always(stand_ins.get_rng_state))
-    yield row(f"{module}._set_cuda_rng_state", _RNG, _always(stand_ins.set_rng_state))
+    yield _row(f"{module}._get_cuda_rng_state", _RNG, _always(stand_ins.get_rng_state))
+    yield _row(f"{module}._set_cuda_rng_state", _RNG, _always(stand_ins.set_rng_state))
     reason = "its draws are the host generator's, and there is no memory to pin"
-    yield row("torch.utils.data.DataLoader.__init__", reason, stand_ins.loading_for_cpu)
+    yield _row("torch.utils.data.DataLoader.__init__", reason, stand_ins.loading_for_cpu)
 
-    # Model.
+
+def _model() -> Iterator[Replacement]:
     reason = "without Transformer Engine and Apex no norm knows sequence parallelism"
     target = "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__"
-    yield row(target, reason, stand_ins.norm_with_sequence_parallelism)
+    yield _row(target, reason, stand_ins.norm_with_sequence_parallelism)
     reason = "all-to-all needs its split sizes as numbers, and upstream converts CUDA tensors only"
     target = "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu"
-    yield row(target, reason, _always(stand_ins.move_to_cpu))
+    yield _row(target, reason, _always(stand_ins.move_to_cpu))
     target = "megatron.training.models.dist_utils.to_empty_if_meta_device"
-    yield row(target, _DEVICE, stand_ins.materialised_on_cpu)
+    yield _row(target, _DEVICE, stand_ins.materialised_on_cpu)
 
     reason = "expert tensor parallelism gathers pieces of different lengths, which gloo refuses"
     module = "megatron.core.tensor_parallel.mappings"
-    yield row(f"{module}._gather_along_first_dim", reason, stand_ins.gather_uneven)
-    yield row(f"{module}._reduce_scatter_along_first_dim", reason, stand_ins.reduce_scatter_uneven)
+    yield _row(f"{module}._gather_along_first_dim", reason, stand_ins.gather_uneven)
+    yield _row(f"{module}._reduce_scatter_along_first_dim", reason, stand_ins.reduce_scatter_uneven)
 
-    # Optimizer and checkpoints.
+
+def _optimizer_and_checkpoints() -> Iterator[Replacement]:
     module = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-    yield row(f"{module}.state_dict", _ADAM, stand_ins.with_first_states)
-    yield row(f"{module}.load_state_dict", _ADAM, stand_ins.with_own_steps)
-    yield row(f"{module}._set_main_param_and_optimizer_states", _ADAM, stand_ins.without_step)
+    yield _row(f"{module}.state_dict", _ADAM, stand_ins.with_first_states)
+    yield _row(f"{module}.load_state_dict", _ADAM, stand_ins.with_own_steps)
+    yield _row(f"{module}._set_main_param_and_optimizer_states", _ADAM, stand_ins.without_step)
     reason = "the asynchronous writer is a new process, which needs these replacements too"
-    yield row(_WORKER_LOOP, reason, _always(staticmethod(stand_ins.checkpoint_worker)))
+    yield _row(_WORKER_LOOP, reason, _always(staticmethod(stand_ins.checkpoint_worker)))
     reason = "CPU tensors reach the asynchronous writer as shared memory, which training changes"
     target = f"{_WRITER}.filesystem_async.FileSystemWriterAsync.preload_tensors"
-    yield row(target, reason, _always(staticmethod(stand_ins.preload_tensors)))
+    yield _row(target, reason, _always(staticmethod(stand_ins.preload_tensors)))
 
-    # Start.
+
+def _start() -> Iterator[Replacement]:
     reason = "a rule about CUDA_DEVICE_MAX_CONNECTIONS asks for the device's generation"
-    yield row("megatron.training.arguments.get_device_arch_version", reason, _always(lambda: 10))
+    yield _row("megatron.training.arguments.get_device_arch_version", reason, _always(lambda: 10))
     reason = "it asserts that a CUDA device is there"
     target = "megatron.training.training.initialize_megatron"
-    yield row(target, reason, stand_ins.allowing_no_cuda)
+    yield _row(target, reason, stand_ins.allowing_no_cuda)
     reason = "it warms up compiled functions, and none are compiled"
     target = "megatron.training.training.set_jit_fusion_options"
-    yield row(target, reason, _always(stand_ins.nothing))
+    yield _row(target, reason, _always(stand_ins.nothing))
 
 
-REPLACEMENTS: tuple[Replacement, ...] = tuple(_table())
+REPLACEMENTS: tuple[Replacement, ...] = (
+    *_devices(),
+    *_random_numbers(),
+    *_model(),
+    *_optimizer_and_checkpoints(),
+    *_start(),
+)
 """Every name that `install` replaces, in order."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import multiprocessing
 from collections.abc import Callable
@@ -207,41 +208,45 @@ def _padded(piece: Any, length: int) -> Any:
     return torch.cat([piece, piece.new_zeros(length - piece.shape[0], *piece.shape[1:])])
 
 
-def gather_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For ``_gather_along_first_dim`` with the row counts of the ranks."""
+def _for_uneven(uneven: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Leave even pieces to upstream; call ``uneven(input_, group, sizes)`` for the others."""
 
-    @functools.wraps(original)
-    def gather(
-        input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
-    ) -> Any:
-        sizes = output_split_sizes
-        if sizes is None or len(set(sizes)) == 1:
-            return original(input_, group, sizes, use_global_buffer)
-        length = max(sizes)
-        pieces = [input_.new_empty(length, *input_.shape[1:]) for _ in sizes]
-        torch.distributed.all_gather(pieces, _padded(input_, length), group=group)
-        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+    def replacing(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
 
-    return gather
+        @functools.wraps(original)
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            # Upstream names the sizes by whether they are of the input or of the output.
+            input_, group, sizes = (*signature.bind(*args, **kwargs).args, None)[:3]
+            if sizes is None or len(set(sizes)) == 1:
+                return original(*args, **kwargs)
+            return uneven(input_, group, sizes)
+
+        return collective
+
+    return replacing
 
 
-def reduce_scatter_uneven(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For ``_reduce_scatter_along_first_dim`` with the row counts of the ranks."""
+def _gather(input_: Any, group: Any, sizes: list[int]) -> Any:
+    length = max(sizes)
+    pieces = [input_.new_empty(length, *input_.shape[1:]) for _ in sizes]
+    torch.distributed.all_gather(pieces, _padded(input_, length), group=group)
+    return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
 
-    @functools.wraps(original)
-    def reduce_scatter(
-        input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
-    ) -> Any:
-        sizes = input_split_sizes
-        if sizes is None or len(set(sizes)) == 1:
-            return original(input_, group, sizes, use_global_buffer)
-        length = max(sizes)
-        pieces = [_padded(piece, length) for piece in input_.split(sizes)]
-        output = torch.empty_like(pieces[0])
-        torch.distributed.reduce_scatter(output, pieces, group=group)
-        return output[: sizes[group.rank()]]
 
-    return reduce_scatter
+def _reduce_scatter(input_: Any, group: Any, sizes: list[int]) -> Any:
+    length = max(sizes)
+    pieces = [_padded(piece, length) for piece in input_.split(sizes)]
+    output = torch.empty_like(pieces[0])
+    torch.distributed.reduce_scatter(output, pieces, group=group)
+    return output[: sizes[group.rank()]]
+
+
+gather_uneven = _for_uneven(_gather)
+"""For ``_gather_along_first_dim`` with the row counts of the ranks."""
+
+reduce_scatter_uneven = _for_uneven(_reduce_scatter)
+"""For ``_reduce_scatter_along_first_dim`` with the row counts of the ranks."""
 
 
 # -- Megatron: asynchronous checkpoint writer ------------------------------------------------------

@@ -72,6 +72,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             *("--load", str(out / "checkpoint"), "--finetune", "--no-load-optim"),
         ],
     }
+    bf16 = [*EP2, "--bf16", "--use-distributed-optimizer"]
+    save_bf16 = ["--save", str(out / "bf16"), "--save-interval", str(HALF_WAY)]
+    cases |= {
+        "bf16": bf16,
+        "bf16-first-half": [*bf16, *save_bf16, "--exit-interval", str(HALF_WAY)],
+        "bf16-second-half": [*bf16, "--load", str(out / "bf16")],
+    }
     listed = {name: {"argv": argv, "stock": name == "stock"} for name, argv in cases.items()}
     return {**record(out, 2, listed), "events": out / "tensorboard"}
 
@@ -151,13 +158,19 @@ def test_the_log_of_the_last_rank_holds_the_layers_of_every_stage(runs: dict[str
     assert events.Scalars("consumed tokens")[-1].value == 8 * 8 * 32
 
 
-def test_a_resumed_run_continues_to_the_bit(runs: dict[str, Any]) -> None:
-    whole = losses(runs["ep2"])
-    assert losses(runs["first-half"]) == whole[:HALF_WAY]
-    assert losses(runs["second-half"]) == whole[HALF_WAY:]
-    for name, part in (("first-half", slice(HALF_WAY)), ("second-half", slice(HALF_WAY, None))):
-        for step, same in zip(steps_of(runs[name]), steps_of(runs["ep2"])[part], strict=True):
+@pytest.mark.parametrize(
+    ("whole", "halves"),
+    [("ep2", ""), ("bf16", "bf16-")],
+    ids=["fp32", "bf16, distributed optimizer"],
+)
+def test_a_resumed_run_continues_to_the_bit(runs: dict[str, Any], whole: str, halves: str) -> None:
+    first, second = f"{halves}first-half", f"{halves}second-half"
+    assert losses(runs[first]) == losses(runs[whole])[:HALF_WAY]
+    assert losses(runs[second]) == losses(runs[whole])[HALF_WAY:]
+    for name, part in ((first, slice(HALF_WAY)), (second, slice(HALF_WAY, None))):
+        for step, same in zip(steps_of(runs[name]), steps_of(runs[whole])[part], strict=True):
             for number, layer in same["layers"].items():
+                assert layer["vectors"].dtype == torch.float32
                 assert torch.equal(layer["vectors"], step["layers"][number]["vectors"])
                 assert torch.equal(layer["updates"], step["layers"][number]["updates"])
 
