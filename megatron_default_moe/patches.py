@@ -11,7 +11,6 @@ Importing this module imports nothing of Megatron, so that the version can be ch
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import pkgutil
 from collections.abc import Iterator
@@ -29,9 +28,10 @@ _MARK = "_megatron_default_moe_patch"
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """One replaced attribute of an upstream module."""
+    """One replaced attribute of an upstream module or class."""
 
-    module: str
+    owner: str
+    """``module`` or ``module:class``."""
     attribute: str
     wrap: str
     """``module:function`` of this package, which makes the replacement from the original."""
@@ -40,11 +40,11 @@ class Patch:
     @property
     def present(self) -> Any:
         """What stands there now."""
-        return getattr(importlib.import_module(self.module), self.attribute)
+        return getattr(pkgutil.resolve_name(self.owner), self.attribute)
 
     def put(self, value: Any) -> None:
         """Put a value there."""
-        setattr(importlib.import_module(self.module), self.attribute, value)
+        setattr(pkgutil.resolve_name(self.owner), self.attribute, value)
 
     def replacement(self) -> Any:
         """Wrap what stands there now."""
@@ -53,18 +53,25 @@ class Patch:
 
 PATCHES = (
     Patch(
-        module="megatron.training.training",
+        owner="megatron.training.training",
         attribute="train_step",
         wrap="megatron_default_moe.training:with_commit",
         reason="the default vectors change after an optimizer step that was taken, and the loop "
         "has no hook there (gradient finalisation runs before it, and again in a rerun)",
+    ),
+    Patch(
+        owner="megatron.core.optimizer.optimizer:ChainedOptimizer",
+        attribute="load_state_dict",
+        wrap="megatron_default_moe.optimizer_layout:with_regrouped_state",
+        reason="a checkpoint saved with expert parallelism cannot be resumed without it, or the "
+        "other way round: the number of optimizers differs",
     ),
 )
 """In place from ``install`` to ``uninstall``."""
 
 WHILE_BUILDING = (
     Patch(
-        module="megatron.training.models.gpt",
+        owner="megatron.training.models.gpt",
         attribute="mtp_block_spec",
         wrap="megatron_default_moe.model:with_default_moe_in_mtp",
         reason="GPTModelBuilder.build_model makes the spec of the multi-token prediction layers "
@@ -110,7 +117,7 @@ def install() -> None:
         replacement = patch.replacement()
         setattr(replacement, _MARK, True)
         patch.put(replacement)
-        logger.info("replaced %s.%s: %s", patch.module, patch.attribute, patch.reason)
+        logger.info("replaced %s.%s: %s", patch.owner, patch.attribute, patch.reason)
 
 
 def uninstall() -> None:

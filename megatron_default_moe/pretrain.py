@@ -147,14 +147,15 @@ def run(argv: list[str]) -> None:
     options = options_from_args(parsed)
     support.check(parsed, options)
     args = _megatron_args(argv)
+    options = checkpoint.prepare_load(args, options)
     model_config = _model_config(args, options)
-    checkpoint.prepare_load(args, options)
     _say(f"router gradient: {options}")
     patches.install()
     _pretrain(args, model_config)
 
 
 def _pretrain(args: Any, model_config: Any) -> None:
+    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.enums import ModelType
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import inprocess_restart, pretrain
@@ -164,25 +165,44 @@ def _pretrain(args: Any, model_config: Any) -> None:
 
     set_moe_metrics_tracker(_tracker(args))
     pretrain_maybe_restarting, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    pretrain_maybe_restarting(
-        pretrain_cfg_container_from_args(args, model_config),
-        gpt_data.datasets_provider(model_config.transformer),
-        ModelType.encoder_or_decoder,
-        gpt_data.forward_step,
-        store=store,
-        get_embedding_ranks=gpt_data.embedding_ranks(model_config.transformer),
-    )
+    try:
+        pretrain_maybe_restarting(
+            pretrain_cfg_container_from_args(args, model_config),
+            gpt_data.datasets_provider(model_config.transformer),
+            ModelType.encoder_or_decoder,
+            gpt_data.forward_step,
+            store=store,
+            get_embedding_ranks=gpt_data.embedding_ranks(model_config.transformer),
+        )
+    except CheckpointingException as error:
+        raise UserError(f"Megatron refuses this checkpoint: {_reason(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, and turn a user's mistake into one line and exit code 2."""
+    """Run, and turn a user's mistake into one line and exit code 2.
+
+    A checkpoint that cannot be read or written is one line too, from the rank that met it, and exit
+    code 1: nothing was saved over the checkpoints before it.
+    """
+    # Imports nothing of Megatron, which must find the CPU runtime installed.
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except CheckpointException as error:
+        print(f"error: rank {_rank()}: {_checkpoint_reason(error)}", file=sys.stderr, flush=True)
+        return 1
     return 0
+
+
+def _checkpoint_reason(error: Any) -> str:
+    """What the ranks met, each once: torch's exception holds one failure a rank."""
+    met = {f"{type(failure[0]).__name__}: {failure[0]}" for failure in error.failures.values()}
+    return f"a checkpoint could not be read or written: {'; '.join(sorted(met))}"
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ class DefaultMoERouter(ObservedTopKRouter):
     """
 
     fp32_buffers = (*ObservedTopKRouter.fp32_buffers, "default_vectors", "local_sums")
+    checkpointed = ("default_vectors", "default_vector_updates")
 
     def __init__(
         self,
@@ -196,6 +197,8 @@ class DefaultMoERouter(ObservedTopKRouter):
         self._new_buffer("default_vector_updates", (self.num_experts,), torch.int64)
         self._new_buffer("local_sums", (num_local, self.vector_width), persistent=False)
         self._new_buffer("rejected_updates", (1,), torch.int64, persistent=False)
+        # Until the checkpoint without default vectors is loaded, they are not asked of it.
+        self.awaits_baseline = self.options.from_baseline
         # Between this router's forward and the end of its layer's: [T, E], or None if unused.
         self.inactive_probs: Tensor | None = None
         # Order before-use: this micro-batch's own denominators [E], for the experts' side.
@@ -212,10 +215,23 @@ class DefaultMoERouter(ObservedTopKRouter):
             start = torch.randn(self.default_vectors.shape, generator=generator)
             self.default_vectors.copy_(start * self.config.init_method_std)
 
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
+        """Describe the state for a checkpoint as Megatron does, buffers included.
+
+        The vectors are left out while a checkpoint without them is about to be loaded. (Relaxing
+        ``--dist-ckpt-strictness`` instead would let any other missing tensor pass.)
+        """
+        state = super().sharded_state_dict(prefix, *args, **kwargs)
+        if self.awaits_baseline:
+            for name in self.checkpointed:
+                del state[prefix + name]
+        return state
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load; a checkpoint without default vectors keeps those at hand if that was asked for."""
-        if self.options.from_baseline:
-            for name in ("default_vectors", "default_vector_updates"):
+        if self.awaits_baseline:
+            self.awaits_baseline = False
+            for name in self.checkpointed:
                 state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -332,3 +348,4 @@ class DefaultMoERouter(ObservedTopKRouter):
             self.step_metrics = metrics.layer_metrics(step, before, after, self.rejected_updates)
         self.default_vectors.copy_(after)
         self.default_vector_updates.add_(accepted_E)
+        self.awaits_baseline = False

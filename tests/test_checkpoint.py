@@ -1,11 +1,12 @@
 """What is checked of a checkpoint before Megatron loads it, on real torch_dist folders.
 
 Contract: the checkpoint that is looked at is the one Megatron will load; one without default
-vectors is refused by a sentence that names the way out, or accepted with one warning and a
-relaxed load if the user said so; everything else, and ``topk``, is left alone.
+vectors is refused by a sentence that names the way out, or accepted with one warning if the user
+said so; a damaged one, and one of another model, is refused with what can be loaded instead.
 """
 
 import argparse
+import dataclasses
 import logging
 import pathlib
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 
-from megatron_default_moe import RouterGradientConfig, UserError, checkpoint, cpu
+from megatron_default_moe import RouterGradientConfig, UserError, checkpoint, checkpoint_files, cpu
 
 PLAIN = ("decoder.layers.mlp.router.weight", "decoder.layers.mlp.experts.linear_fc1.weight")
 VECTORS = "decoder.layers.mlp.router.default_vectors"
@@ -43,6 +44,11 @@ def save(
     folder.mkdir(parents=True)
     state = {name: torch.ones(2, 3) for name in names}
     torch_checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    # Megatron's own part: the format, and the arguments of the run (none here).
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(
+        '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+    )
     if latest:
         (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return folder
@@ -57,9 +63,15 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def untouched(
     args: argparse.Namespace, options: RouterGradientConfig, caplog: pytest.LogCaptureFixture
 ) -> bool:
-    """Whether prepare_load neither raises, nor warns, nor changes an argument."""
+    """Whether prepare_load neither raises, nor warns, nor changes an argument.
+
+    What it returns expects no baseline: none will be loaded.
+    """
     before = dict(vars(args))
-    checkpoint.prepare_load(args, options)
+    returned = checkpoint.prepare_load(args, options)
+    expected = dataclasses.replace(options, from_baseline=False)
+    assert dataclasses.replace(returned, from_baseline=False) == expected
+    assert not returned.from_baseline or not options.uses_default_vectors
     return vars(args) == before and not warnings(caplog)
 
 
@@ -69,13 +81,13 @@ def untouched(
 @pytest.mark.parametrize("content", ["1200", "1200\n", " 1200 "])
 def test_latest_follows_the_tracker(tmp_path: pathlib.Path, content: str) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(content)
-    assert checkpoint.folder_of(tmp_path) == tmp_path / "iter_0001200"
-    assert checkpoint.folder_of(str(tmp_path)) == tmp_path / "iter_0001200"
+    assert checkpoint_files.folder_of(tmp_path) == tmp_path / "iter_0001200"
+    assert checkpoint_files.folder_of(str(tmp_path)) == tmp_path / "iter_0001200"
 
 
 def test_latest_of_a_release(tmp_path: pathlib.Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
-    assert checkpoint.folder_of(tmp_path) == tmp_path / "release"
+    assert checkpoint_files.folder_of(tmp_path) == tmp_path / "release"
 
 
 def test_latest_is_where_megatron_looks(tmp_path: pathlib.Path) -> None:
@@ -89,32 +101,32 @@ def test_latest_is_where_megatron_looks(tmp_path: pathlib.Path) -> None:
         tracker = pathlib.Path(get_checkpoint_tracker_filename(str(tmp_path)))
         tracker.write_text(str(iteration))
         folder = get_checkpoint_name(str(tmp_path), iteration, release=False, return_base_dir=True)
-        assert checkpoint.folder_of(tmp_path) == pathlib.Path(folder)
+        assert checkpoint_files.folder_of(tmp_path) == pathlib.Path(folder)
 
 
 def test_no_tracker_no_checkpoint(tmp_path: pathlib.Path) -> None:
-    assert checkpoint.folder_of(tmp_path) is None
-    assert checkpoint.folder_of(tmp_path / "absent") is None
+    assert checkpoint_files.folder_of(tmp_path) is None
+    assert checkpoint_files.folder_of(tmp_path / "absent") is None
     save(tmp_path, PLAIN, latest=False)  # not complete before the tracker says so
-    assert checkpoint.folder_of(tmp_path) is None
+    assert checkpoint_files.folder_of(tmp_path) is None
 
 
 def test_a_broken_tracker_is_the_users_to_mend(tmp_path: pathlib.Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("")
     with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt"):
-        checkpoint.folder_of(tmp_path)
+        checkpoint_files.folder_of(tmp_path)
 
 
 def test_keys_of_a_torch_dist_checkpoint(tmp_path: pathlib.Path) -> None:
-    assert checkpoint.keys(save(tmp_path, WITH_VECTORS)) == set(WITH_VECTORS)
+    assert checkpoint_files.keys(save(tmp_path, WITH_VECTORS)) == set(WITH_VECTORS)
 
 
 def test_keys_of_other_formats_are_unknown(tmp_path: pathlib.Path) -> None:
-    assert checkpoint.keys(tmp_path) is None
-    assert checkpoint.keys(tmp_path / "absent") is None
+    assert checkpoint_files.keys(tmp_path) is None
+    assert checkpoint_files.keys(tmp_path / "absent") is None
     (tmp_path / "mp_rank_00").mkdir()
     torch.save({"model": {}}, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
-    assert checkpoint.keys(tmp_path) is None
+    assert checkpoint_files.keys(tmp_path) is None
 
 
 # What is done about it
@@ -139,23 +151,19 @@ def test_a_checkpoint_without_vectors_is_refused_by_name(
 
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
 @pytest.mark.parametrize("init", ["zeros", "gaussian"])
-def test_the_option_relaxes_the_load_with_one_warning(
+def test_the_option_accepts_it_with_one_warning(
     arguments: Arguments,
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
     flag: str,
     init: str,
 ) -> None:
-    cpu.install()
-    from megatron.core.dist_checkpointing.validation import StrictHandling
-
     folder = save(tmp_path, PLAIN)
     args = arguments(flag, tmp_path)
     before = dict(vars(args))
-    checkpoint.prepare_load(args, RouterGradientConfig(from_baseline=True, init=init))
-    changed = {name for name, value in vars(args).items() if value != before[name]}
-    assert changed == {"dist_ckpt_strictness"}
-    assert StrictHandling(args.dist_ckpt_strictness) is StrictHandling.LOG_UNEXPECTED
+    options = RouterGradientConfig(from_baseline=True, init=init)
+    assert checkpoint.prepare_load(args, options) == options
+    assert vars(args) == before, "the strictness is the user's"
     (warning,) = warnings(caplog)
     assert str(folder) in warning
     assert init in warning
@@ -182,17 +190,25 @@ def test_other_names_are_not_taken_for_vectors(
 
 
 @pytest.mark.parametrize("from_baseline", [False, True])
-@pytest.mark.parametrize("names", [PLAIN, WITH_VECTORS], ids=["plain", "with-vectors"])
-def test_topk_loads_anything(
+def test_topk_loads_a_plain_checkpoint(
     arguments: Arguments,
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
-    names: tuple[str, ...],
     from_baseline: bool,
 ) -> None:
-    save(tmp_path, names)
+    save(tmp_path, PLAIN)
     options = RouterGradientConfig(gradient="topk", from_baseline=from_baseline)
     assert untouched(arguments("--load", tmp_path), options, caplog)
+
+
+def test_topk_says_that_it_leaves_out_the_vectors(
+    arguments: Arguments, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(tmp_path, WITH_VECTORS)
+    options = RouterGradientConfig(gradient="topk")
+    assert checkpoint.prepare_load(arguments("--load", tmp_path), options) == options
+    (warning,) = warnings(caplog)
+    assert str(folder) in warning
 
 
 @pytest.mark.parametrize("from_baseline", [False, True])
@@ -259,3 +275,100 @@ def test_the_latest_is_not_looked_at_where_ckpt_step_chooses_another(
     save(tmp_path, PLAIN, 7)
     args = arguments("--load", tmp_path, "--ckpt-step", 3)
     assert untouched(args, RouterGradientConfig(), caplog)
+
+
+# Damage, and another model
+
+
+def damaged(tmp_path: pathlib.Path, arguments: Arguments) -> str:
+    """The sentence about the checkpoint of step 7, beside a whole one of step 3."""
+    with pytest.raises(UserError) as refusal:
+        checkpoint.prepare_load(arguments("--load", tmp_path), RouterGradientConfig())
+    message = str(refusal.value)
+    assert message.startswith(f"--load {tmp_path}: ")
+    assert "\n" not in message
+    assert message.endswith("add --ckpt-step 3")
+    return message
+
+
+@pytest.fixture
+def two(tmp_path: pathlib.Path) -> pathlib.Path:
+    """The folder of the latest checkpoint, of step 7, beside one of step 3."""
+    save(tmp_path, WITH_VECTORS, 3)
+    return save(tmp_path, WITH_VECTORS, 7)
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_0.distcp"])
+def test_a_missing_file_is_named(
+    arguments: Arguments, tmp_path: pathlib.Path, two: pathlib.Path, name: str
+) -> None:
+    (two / name).unlink()
+    assert f"the file {two / name} is missing" in damaged(tmp_path, arguments)
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_0.distcp"])
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_a_truncated_file_is_named(
+    arguments: Arguments, tmp_path: pathlib.Path, two: pathlib.Path, name: str, kept: float
+) -> None:
+    data = (two / name).read_bytes()
+    (two / name).write_bytes(data[: int(len(data) * kept)])
+    assert f"the file {two / name} is " in damaged(tmp_path, arguments)
+
+
+def test_damaged_arguments_are_named(
+    arguments: Arguments, tmp_path: pathlib.Path, two: pathlib.Path
+) -> None:
+    (two / "common.pt").write_bytes(b"no zip file")
+    assert f"the arguments in {two} cannot be read" in damaged(tmp_path, arguments)
+
+
+def test_a_missing_folder_is_named(
+    arguments: Arguments, tmp_path: pathlib.Path, two: pathlib.Path
+) -> None:
+    two.rename(tmp_path / "elsewhere")
+    assert f"the folder {two} is missing" in damaged(tmp_path, arguments)
+
+
+def test_an_unfinished_checkpoint_is_not_offered(
+    arguments: Arguments, tmp_path: pathlib.Path, two: pathlib.Path
+) -> None:
+    for step in (4, 5):
+        save(tmp_path, WITH_VECTORS, step, latest=False)
+    (tmp_path / "iter_0000005" / "metadata.json").unlink()
+    (tmp_path / "iter_0000004" / "__0_0.distcp").write_bytes(b"")
+    (two / "metadata.json").unlink()
+    damaged(tmp_path, arguments)
+
+
+def test_without_another_checkpoint_none_is_offered(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    (save(tmp_path, WITH_VECTORS) / ".metadata").unlink()
+    with pytest.raises(UserError, match="no other complete checkpoint"):
+        checkpoint.prepare_load(arguments("--load", tmp_path), RouterGradientConfig())
+
+
+def test_other_ranks_leave_the_files_to_rank_0(
+    arguments: Arguments, two: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (two / "__0_0.distcp").unlink()
+    monkeypatch.setenv("RANK", "1")
+    options = RouterGradientConfig()
+    assert checkpoint.prepare_load(arguments("--load", two.parent), options) == options
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--num-experts", "num_experts"), ("--hidden-size", "hidden_size")]
+)
+def test_another_model_is_refused_by_flag(
+    arguments: Arguments, tmp_path: pathlib.Path, flag: str, name: str
+) -> None:
+    folder = save(tmp_path, WITH_VECTORS)
+    flags = ["--load", tmp_path, "--num-experts", 8, "--hidden-size", 32]
+    torch.save({"args": arguments(*flags)}, folder / "common.pt")
+    args = arguments(*flags)
+    checkpoint.prepare_load(args, RouterGradientConfig())
+    setattr(args, name, 16)
+    with pytest.raises(UserError, match=f"^{flag} is 16, .* with (8|32): give that value"):
+        checkpoint.prepare_load(args, RouterGradientConfig())

@@ -87,7 +87,7 @@ def replaced() -> Iterator[str]:
     from megatron_default_moe import cpu, patches
 
     for patch in (*patches.PATCHES, *patches.WHILE_BUILDING):
-        yield f"{patch.module}.{patch.attribute}"
+        yield f"{patch.owner.replace(':', '.')}.{patch.attribute}"
     for row in cpu.REPLACEMENTS:
         if row.target.startswith("megatron."):
             yield row.target

@@ -34,6 +34,12 @@ MODELS = {
     "starved": "--num-experts 16 --seq-length 8 --max-position-embeddings 8",
     "before-use": "--default-vector-order before-use --moe-router-topk 2",
     "paper": "--paper-default-moe",
+    "mtp": "--mtp-num-layers 1",
+    "deepseek": "--num-experts 8 --moe-router-topk 2 --moe-router-score-function sigmoid"
+    " --default-vector-normalized-gate --moe-router-enable-expert-bias"
+    " --moe-router-num-groups 2 --moe-router-group-topk 1 --moe-router-topk-scaling-factor 2.5",
+    "sqrtsoftplus": "--moe-router-topk 2 --moe-router-score-function sqrtsoftplus"
+    " --default-vector-normalized-gate",
 }
 """Flags of the models, each of which has a one-rank reference."""
 
@@ -123,6 +129,13 @@ ROWS = [
     Row("before-use", "tp2 etp1", full=True),
     Row("before-use", "dp2", full=True),
     Row("paper", "dp2 ep2 allgather", full=True, micro_batches=1),
+    Row("mtp", "dp2 ep2"),
+    Row("mtp", "tp2", full=True),
+    Row("mtp", "pp2", full=True),
+    Row("deepseek", "dp2 ep2"),
+    Row("deepseek", "tp2", full=True),
+    Row("deepseek", "pp2", full=True),
+    Row("sqrtsoftplus", "dp2 ep2", full=True),
     Row("k1", "dp4 ep4", full=True),
     Row("k1", "tp2 dp2 ep2"),
     Row("k1", "tp2 dp2 ep2 etp1", full=True),

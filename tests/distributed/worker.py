@@ -94,6 +94,7 @@ class Recorder:
                 }
             for layer in watched:
                 step["layers"][number_of(layer.router)].update(
+                    before=before[id(layer)].float(),
                     vectors=layer.router.default_vectors.clone(),
                     updates=layer.router.default_vector_updates.clone(),
                     expected=self.expected(layer, before[id(layer)]),

@@ -1,0 +1,134 @@
+"""What is on disk of a ``torch_dist`` checkpoint, without loading it: names, shapes, damage."""
+
+import json
+import pathlib
+from collections import defaultdict
+from typing import Any
+
+from megatron_default_moe.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's file that names the latest complete iteration."""
+
+INDEX = ".metadata"
+"""The file that says which tensor lies where; written after all data."""
+
+FORMAT = "metadata.json"
+"""The file that names the format; written last."""
+
+
+def folder_of(directory: str | pathlib.Path, step: int | None = None) -> pathlib.Path | None:
+    """Return the folder of a checkpoint directory that Megatron would load, or None.
+
+    Args:
+        directory: what ``--load`` names.
+        step: the iteration ``--ckpt-step`` asks for; None is the latest complete one.
+
+    Raises:
+        UserError: the file that names the latest iteration is broken.
+    """
+    root = pathlib.Path(directory)
+    if step is not None:
+        return root / f"iter_{step:07d}"
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        return None
+    name = tracker.read_text(errors="replace").strip()
+    if name == "release":
+        return root / name
+    if not name.isdecimal():
+        raise UserError(
+            f"{tracker} should hold the number of the latest complete iteration, not {name!r}:"
+            f" write it there, or choose one with --ckpt-step{_newest_hint(root)}"
+        )
+    return root / f"iter_{int(name):07d}"
+
+
+def _newest_hint(root: pathlib.Path) -> str:
+    step = newest_complete(root)
+    return "" if step is None else f"; the newest complete one is {step}"
+
+
+def index_of(folder: pathlib.Path) -> Any:
+    """Return torch's index of a checkpoint (``torch.distributed.checkpoint`` Metadata).
+
+    Raises:
+        Exception: of many kinds, if the file is not a whole pickle.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    return FileSystemReader(folder).read_metadata()
+
+
+def keys(folder: pathlib.Path) -> set[str] | None:
+    """Return the tensor names of a ``torch_dist`` checkpoint, or None for other formats."""
+    if not (folder / INDEX).is_file():
+        return None
+    return set(index_of(folder).state_dict_metadata)
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """Say what is missing or too short in a checkpoint folder, or None if it is whole.
+
+    Compares the length of every data file with what the index places in it: the cost is one look
+    at each file's entry, no data is read. Other formats than ``torch_dist`` are not judged.
+    """
+    if not folder.is_dir():
+        return f"the folder {folder} is missing"
+    if not (any(folder.glob("*.distcp")) or (folder / INDEX).exists() or _is_torch_dist(folder)):
+        return None
+    for name in (INDEX, FORMAT):
+        if not (folder / name).is_file():
+            return f"the file {folder / name} is missing (saving was interrupted?)"
+    try:
+        json.loads((folder / FORMAT).read_text())
+    except ValueError:
+        return f"the file {folder / FORMAT} is damaged"
+    try:
+        stored = index_of(folder).storage_data.values()
+    except Exception as error:
+        return f"the file {folder / INDEX} is damaged ({type(error).__name__})"
+    ends: dict[str, int] = defaultdict(int)
+    for item in stored:
+        ends[item.relative_path] = max(ends[item.relative_path], item.offset + item.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            return f"the file {path} is missing"
+        if (size := path.stat().st_size) < end:
+            return f"the file {path} is truncated ({size:,} bytes of at least {end:,})"
+    return None
+
+
+def _is_torch_dist(folder: pathlib.Path) -> bool:
+    return (folder / FORMAT).is_file() and "torch_dist" in (folder / FORMAT).read_text()
+
+
+def newest_complete(
+    directory: str | pathlib.Path, besides: pathlib.Path | None = None
+) -> int | None:
+    """Return the step of the newest whole checkpoint in a directory, or None.
+
+    Args:
+        directory: what ``--load`` names.
+        besides: a folder to leave out.
+    """
+    for folder in sorted(pathlib.Path(directory).glob("iter_*"), reverse=True):
+        step = folder.name.removeprefix("iter_")
+        if not step.isdecimal() or folder == besides or not (folder / INDEX).is_file():
+            continue
+        if damage(folder) is None:
+            return int(step)
+    return None
+
+
+def common_state(folder: pathlib.Path) -> dict[str, Any]:
+    """Return what all ranks share of a checkpoint: ``args``, ``content_metadata`` and more.
+
+    Raises:
+        Exception: of many kinds, if the data is corrupt.
+    """
+    from megatron.core import dist_checkpointing
+
+    state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
+    return state
