@@ -114,7 +114,16 @@ def contents(folder: pathlib.Path) -> dict[str, str]:
 def refused(folder: pathlib.Path, *extra: str) -> tuple[int, str]:
     """Resume from, and save to, this directory with two ranks; return the code and our line."""
     before = contents(folder)
-    argv = [*flags("ep2"), "--load", str(folder), "--save", str(folder), *extra]
+    argv = [
+        *flags("ep2"),
+        "--load",
+        str(folder),
+        "--save",
+        str(folder),
+        "--save-interval",
+        "2",
+        *extra,
+    ]
     done = torchrun(2, ["-m", "megatron_default_moe.pretrain", *argv], timeout=300)
     assert contents(folder) == before, "the directory changed"
     lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
