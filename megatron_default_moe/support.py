@@ -177,7 +177,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "--moe-token-dispatcher-type flex (DeepEP, HybridEP, NCCL-EP)",
         "refused",
-        "--moe-token-dispatcher-type flex has not been verified on a GPU with default vectors: use"
+        "--moe-token-dispatcher-type flex fills the experts' batches up with rows of its own, and"
+        " what they hold has not been verified on a GPU with default vectors: use"
         f" --moe-token-dispatcher-type alltoall, {_TO_TOPK}",
         lambda s: s.moe_token_dispatcher_type == "flex",
     ),
@@ -199,7 +200,8 @@ RULES: tuple[Rule, ...] = (
         "--cuda-graph-impl with more than attn and mlp in --cuda-graph-modules",
         "refused",
         "--cuda-graph-impl works with --cuda-graph-modules attn mlp only: a replayed graph of the"
-        " router or of the MoE layer would not update the sums of the step",
+        " router or of the MoE layer hands on neither the probabilities of the unused experts nor"
+        " the experts' outputs",
         lambda s: (
             s.cuda_graph_impl not in (None, "none")
             and (not s.graph_modules or set(s.graph_modules) - {"attn", "mlp"})

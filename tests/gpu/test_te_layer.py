@@ -129,9 +129,7 @@ def test_router_padding_enters_no_sum(one: Implementation, fused: bool, weightin
         pytest.skip("Megatron pads for FP8 only")
     if one.fp8_recipe and weighting == "uniform":
         pytest.skip("uniform weighting divides FP8 rows by their probability: warned of, not exact")
-    layer = build_with_router_padding(
-        one, beta=0.0, weighting=weighting, moe_permute_fusion=fused
-    )
+    layer = build_with_router_padding(one, beta=0.0, weighting=weighting, moe_permute_fusion=fused)
     routed = record(layer)
     fillers: list[int] = []
 

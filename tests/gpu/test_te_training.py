@@ -4,6 +4,7 @@ Contract: losses and the norm of the default vectors are those of the plain run,
 within a tolerance. One row runs on the CPU, so that the test's own logic is known to work.
 """
 
+import argparse
 import os
 import pathlib
 import re
@@ -11,6 +12,9 @@ import subprocess
 import sys
 
 import pytest
+
+from megatron_default_moe import support
+from megatron_default_moe.config import add_router_gradient_args, options_from_args
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MODEL = (
@@ -75,10 +79,23 @@ def trained(flags: str) -> list[tuple[float, float]]:
     return [(float(loss), float(norm)) for loss, norm in found]
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_the_flags_exist_and_are_accepted(name: str) -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_router_gradient_args(add_megatron_arguments(argparse.ArgumentParser()))
+    for flags in RUNS[name][:2]:
+        args = parser.parse_args([*MODEL.split(), *flags.split()])
+        support.check(args, options_from_args(args))
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name.startswith("cpu") else [pytest.mark.gpu]) for name in RUNS],
+    [
+        pytest.param(name, marks=[] if name.startswith("cpu") else [pytest.mark.gpu])
+        for name in RUNS
+    ],
 )
 def test_losses_and_vectors_stay(name: str) -> None:
     plain, other, tolerance = RUNS[name]
@@ -88,3 +105,13 @@ def test_losses_and_vectors_stay(name: str) -> None:
     assert expected[0][1] < expected[-1][1], "the vectors stood still"
     for actual_step, expected_step in zip(trained(other), expected, strict=True):
         assert actual_step == pytest.approx(expected_step, rel=tolerance)
+
+
+def test_every_command_of_the_results_page_selects_tests() -> None:
+    page = (ROOT / "docs" / "results" / "gpu.md").read_text()
+    commands = re.findall(r"`python -m pytest -m \"\" (\S+) -k \"([^\"]+)\"`", page)
+    assert len(commands) == len(re.findall(r"^\| (?!what|-)", page, re.MULTILINE)) >= 10
+    known = {path: (ROOT / path).read_text() for path, _ in commands}
+    for path, selection in commands:
+        for word in selection.split(" and "):
+            assert word in known[path], f"{path}: -k {word} selects nothing"
