@@ -20,6 +20,15 @@ probabilities. Multi-latent attention and latent MoE need Transformer Engine, so
 runtime refuses them, and only their parts are tested without one (the layers take their place in
 the spec; the vectors have the latent width and are added before the projection back).
 
+With Transformer Engine (`--transformer-impl transformer_engine`), by reading Megatron's code and
+by tests of the parts that run on a CPU, and **not measured on a GPU**: grouped GEMM, FP8 and FP4
+with any recipe, router padding (`--moe-router-padding-for-quantization`; the filler rows enter no
+sum), permute and router fusion, the operation fuser, shared-expert overlap,
+`--overlap-dispatch-backward-with-experts-wgrad`, recomputed and offloaded activations, CUDA graphs
+of attention and of dense layers. `--delay-wgrad-compute` needs
+`--overlap-moe-expert-parallel-comm`, which is refused. `tests/gpu/README.md` says how to check all
+this on a GPU.
+
 """
 PATH = pathlib.Path(__file__).with_name("support.md")
 

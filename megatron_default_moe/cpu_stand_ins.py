@@ -191,9 +191,14 @@ def with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``_set_main_param_and_optimizer_states``: the step travels in the parameter groups."""
+    """``_set_main_param_and_optimizer_states``: the step travels in the parameter groups.
+
+    And in fp32 the main parameter is a view of the model's, which requires a gradient: upstream
+    writes to it in place.
+    """
 
     @functools.wraps(original)
+    @torch.no_grad()
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         original(self, model_param, {**tensors, "step": None})
 

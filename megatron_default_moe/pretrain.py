@@ -13,7 +13,7 @@ import traceback
 import warnings
 from typing import Any
 
-from megatron_default_moe import cpu
+from megatron_default_moe import cpu, errors
 from megatron_default_moe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -102,17 +102,6 @@ def _model_config(args: Any, options: Any) -> Any:
         raise UserError(f"Megatron refuses these arguments: {_reason(error)}") from error
 
 
-def _tracker(args: Any) -> Any:
-    from megatron_default_moe.metrics import Progress, RouterMetricsTracker
-
-    iterations = args.train_iters or args.train_samples // args.global_batch_size
-    return RouterMetricsTracker(
-        log_interval=args.log_interval,
-        num_experts=args.num_experts,
-        progress=Progress(iterations, lambda: args.consumed_train_samples * args.seq_length),
-    )
-
-
 def run(argv: list[str]) -> None:
     """Train as the flags say.
 
@@ -131,11 +120,13 @@ def run(argv: list[str]) -> None:
         _say("no CUDA device: running on the CPU (gloo)")
     else:
         cpu.use_wheel_dataset_helpers()
-    from megatron_default_moe import checkpoint, patches, support
+    from megatron_default_moe import patches, support
     from megatron_default_moe.config import options_from_args
     from megatron_default_moe.flags import expand_config
 
     patches.check_version()
+    from megatron_default_moe import entry
+
     parser = _parser()
     argv = expand_config(parser, argv)
     if on_cpu:
@@ -147,23 +138,20 @@ def run(argv: list[str]) -> None:
     options = options_from_args(parsed)
     support.check(parsed, options)
     args = _megatron_args(argv)
-    options = checkpoint.prepare_load(args, options)
+    options = entry.start(args, options)
     model_config = _model_config(args, options)
     _say(f"router gradient: {options}")
-    patches.install()
     _pretrain(args, model_config)
 
 
 def _pretrain(args: Any, model_config: Any) -> None:
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.enums import ModelType
-    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
     from megatron.training import inprocess_restart, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_default_moe import gpt_data
 
-    set_moe_metrics_tracker(_tracker(args))
     pretrain_maybe_restarting, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:
         pretrain_maybe_restarting(
@@ -190,9 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if _rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return errors.report(error)
     except CheckpointException as error:
         print(f"error: rank {_rank()}: {_checkpoint_reason(error)}", file=sys.stderr, flush=True)
         return 1

@@ -71,6 +71,8 @@ class Rule:
     applies: Callable[[Settings], Any]
     topk_too: bool = False
     """Whether it also concerns ``--moe-router-gradient topk``."""
+    own_entry_only: bool = False
+    """Whether it only concerns ``megatron_default_moe.pretrain``, not Megatron's own script."""
 
 
 _TO_TOPK = "or train with --moe-router-gradient topk"
@@ -175,7 +177,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "--moe-token-dispatcher-type flex (DeepEP, HybridEP, NCCL-EP)",
         "refused",
-        "--moe-token-dispatcher-type flex has not been verified on a GPU with default vectors: use"
+        "--moe-token-dispatcher-type flex fills the experts' batches up with rows of its own, and"
+        " what they hold has not been verified on a GPU with default vectors: use"
         f" --moe-token-dispatcher-type alltoall, {_TO_TOPK}",
         lambda s: s.moe_token_dispatcher_type == "flex",
     ),
@@ -197,7 +200,8 @@ RULES: tuple[Rule, ...] = (
         "--cuda-graph-impl with more than attn and mlp in --cuda-graph-modules",
         "refused",
         "--cuda-graph-impl works with --cuda-graph-modules attn mlp only: a replayed graph of the"
-        " router or of the MoE layer would not update the sums of the step",
+        " router or of the MoE layer hands on neither the probabilities of the unused experts nor"
+        " the experts' outputs",
         lambda s: (
             s.cuda_graph_impl not in (None, "none")
             and (not s.graph_modules or set(s.graph_modules) - {"attn", "mlp"})
@@ -259,10 +263,11 @@ RULES: tuple[Rule, ...] = (
         "--sft, --fim-data, --dataloader-inter-document-masking or --logits-load-dir",
         "refused",
         "--sft, --fim-data, --dataloader-inter-document-masking and --logits-load-dir need"
-        " Megatron's own pretrain_gpt.py, with --spec megatron_default_moe default_moe_spec: this"
-        " entry feeds plain pretraining data",
+        " Megatron's own pretrain_gpt.py, patched as patches/README.md says or with --spec"
+        " megatron_default_moe default_moe_spec: this entry feeds plain pretraining data",
         lambda s: s.sft or s.fim_data or s.dataloader_inter_document_masking or s.logits_load_dir,
         topk_too=True,
+        own_entry_only=True,
     ),
     Rule(
         "--lr-warmup-iters not below --lr-decay-iters",
@@ -282,19 +287,24 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check(source: Any, options: RouterGradientConfig) -> None:
+def check(source: Any, options: RouterGradientConfig, own_entry: bool = True) -> None:
     """Refuse what does not work and warn of what may surprise.
 
     Args:
         source: Megatron's parsed arguments or a TransformerConfig.
         options: the package's options.
+        own_entry: whether this package's own entry asks, or Megatron's (patched) script.
 
     Raises:
         UserError: the first refused situation, as one sentence.
     """
     settings = Settings(source, options)
     concerned = [rule for rule in RULES if rule.topk_too or options.uses_default_vectors]
-    found = [rule for rule in concerned if rule.applies(settings)]
+    found = [
+        rule
+        for rule in concerned
+        if rule.applies(settings) and (own_entry or not rule.own_entry_only)
+    ]
     for rule in found:
         if rule.verdict == "refused":
             raise UserError(rule.sentence)

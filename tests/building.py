@@ -7,7 +7,10 @@ import dataclasses
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -16,8 +19,8 @@ from megatron_default_moe.config import RouterGradientConfig
 from megatron_default_moe.model import attach, with_default_moe
 
 
-def build_layer(seed: int = 1, stock: bool = False, **settings: Any) -> Any:
-    """Build one layer in training mode.
+def build_layer(seed: int = 1, stock: bool = False, te: bool = False, **settings: Any) -> Any:
+    """Build one layer in training mode: local experts, or Transformer Engine's grouped ones.
 
     Keywords that RouterGradientConfig has go there, all others into TransformerConfig. Weights
     depend on the seed alone, so layers that differ in options share them.
@@ -46,7 +49,8 @@ def build_layer(seed: int = 1, stock: bool = False, **settings: Any) -> Any:
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    spec = get_gpt_layer_local_spec(config.num_moe_experts, False).submodules.mlp
+    layer_spec = get_gpt_layer_with_transformer_engine_spec if te else get_gpt_layer_local_spec
+    spec = layer_spec(config.num_moe_experts, moe_grouped_gemm=te).submodules.mlp
     if not stock:
         attach(config, options)
         spec = with_default_moe(spec, options)

@@ -20,18 +20,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        # Not the keywords, which also hold the names of folders.
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
-    """Real process groups of a one-rank run (gloo)."""
+    """Real process groups of a one-rank run (gloo, and NCCL where there is a GPU)."""
     import torch
     from megatron.core import parallel_state
 
     store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     yield
     parallel_state.destroy_model_parallel()

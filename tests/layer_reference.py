@@ -13,24 +13,36 @@ def tokens(layer: Any, seed: int = 0, sequence: int = SEQUENCE) -> Tensor:
     return torch.randn(sequence, BATCH, layer.config.hidden_size, generator=generator)
 
 
+def expert_weights(layer: Any) -> list[tuple[Tensor, Tensor]]:
+    """Both weights of every expert in float64 on the CPU, of local or grouped experts."""
+    experts = layer.experts
+    if hasattr(experts, "local_experts"):
+        pairs = [(one.linear_fc1.weight, one.linear_fc2.weight) for one in experts.local_experts]
+    else:
+        pairs = [
+            tuple(getattr(fc, f"weight{i}") for fc in (experts.linear_fc1, experts.linear_fc2))
+            for i in range(experts.num_local_experts)
+        ]
+    return [(fc1.double().cpu(), fc2.double().cpu()) for fc1, fc2 in pairs]
+
+
 def expert_outputs(layer: Any, x_TD: Tensor) -> Tensor:
     """[T, E, D] float64: every expert on every token, from the weights alone (SwiGLU)."""
     outputs = []
-    for expert in layer.experts.local_experts:
-        gate, up = (x_TD.double() @ expert.linear_fc1.weight.double().T).chunk(2, dim=-1)
-        hidden = torch.nn.functional.silu(gate) * up
-        outputs.append(hidden @ expert.linear_fc2.weight.double().T)
+    for fc1, fc2 in expert_weights(layer):
+        gate, up = (x_TD.double().cpu() @ fc1.T).chunk(2, dim=-1)
+        outputs.append((torch.nn.functional.silu(gate) * up) @ fc2.T)
     return torch.stack(outputs, dim=1)
 
 
 def reference(layer: Any, x: Tensor, vectors_ED: Tensor) -> dict[str, Tensor]:
     """What the formula gives in float64: output, routing, and each token's v_i."""
-    x_TD = x.reshape(-1, x.shape[-1]).double()
-    probs_TE = torch.softmax(x_TD @ layer.router.weight.detach().double().T, dim=-1)
+    x_TD = x.detach().reshape(-1, x.shape[-1]).double().cpu()
+    probs_TE = torch.softmax(x_TD @ layer.router.weight.detach().double().cpu().T, dim=-1)
     active_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
     active_TE.scatter_(1, probs_TE.topk(layer.config.moe_router_topk, dim=1).indices, True)
     own_TED = expert_outputs(layer, x_TD).detach()
-    values_TED = torch.where(active_TE.unsqueeze(-1), own_TED, vectors_ED.double())
+    values_TED = torch.where(active_TE.unsqueeze(-1), own_TED, vectors_ED.double().cpu())
     output_TD = (probs_TE.unsqueeze(-1) * values_TED).sum(1)
     return {
         "x": x_TD,
@@ -43,7 +55,8 @@ def reference(layer: Any, x: Tensor, vectors_ED: Tensor) -> dict[str, Tensor]:
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    error = (actual - expected).norm() / expected.norm()
     assert error <= tolerance, f"relative error {float(error):.2e}"
 
 

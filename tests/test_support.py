@@ -72,16 +72,24 @@ TRIGGERS = {
     ],
     "--moe-token-dispatcher-type flex (DeepEP, HybridEP, NCCL-EP)": [
         f"{GOOD} --moe-token-dispatcher-type flex",
+        f"{GOOD} --moe-token-dispatcher-type flex --moe-enable-deepep",
+        f"{GOOD} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",
+        f"{GOOD} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
     ],
     "--moe-expert-rank-capacity-factor or --moe-paged-stash": [
         f"{GOOD} --moe-expert-rank-capacity-factor 1.5",
         f"{GOOD} --moe-paged-stash",
     ],
-    "--overlap-moe-expert-parallel-comm": [f"{GOOD} --overlap-moe-expert-parallel-comm"],
+    "--overlap-moe-expert-parallel-comm": [
+        f"{GOOD} --overlap-moe-expert-parallel-comm",
+        f"{GOOD} --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
+    ],
     "--cuda-graph-impl with more than attn and mlp in --cuda-graph-modules": [
         f"{GOOD} --cuda-graph-impl local",
         f"{GOOD} --cuda-graph-impl full_iteration",
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
+        f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules moe_router"
+        " moe_preprocess",
         f"{GOOD} --cuda-graph-impl local --cuda-graph-modules moe",
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules full",
     ],
@@ -118,7 +126,29 @@ LINES = [
     for line in TRIGGERS.get(rule.situation, [])
 ]
 
+TE = f"{GOOD} --transformer-impl transformer_engine --moe-grouped-gemm --bf16"
+FP8 = f"{TE} --fp8-format hybrid --fp8-recipe"
+
 HARMLESS = {
+    "grouped GEMM": TE,
+    "FP8, delayed scaling": f"{FP8} delayed",
+    "FP8, current scaling": f"{FP8} tensorwise",
+    "FP8, blockwise": f"{FP8} blockwise",
+    "FP8, MX": f"{FP8} mxfp8 --fp8-param-gather",
+    "router padding": f"{FP8} delayed --moe-router-padding-for-quantization",
+    "permute fusion": f"{TE} --moe-permute-fusion",
+    "router fusion": f"{TE} --moe-router-fusion",
+    "operation fuser": f"{TE} --use-transformer-engine-op-fuser",
+    "shared experts beside the communication": (
+        f"{TE} --moe-shared-expert-intermediate-size 64 --moe-shared-expert-overlap"
+    ),
+    "weight gradients beside the dispatch": f"{TE} --overlap-dispatch-backward-with-experts-wgrad",
+    "recomputed activations": (
+        f"{TE} --recompute-granularity selective --recompute-modules moe_act layernorm"
+    ),
+    "filled capacity": (
+        f"{TE} --moe-expert-capacity-factor 1.25 --moe-pad-expert-input-to-capacity"
+    ),
     "baseline": GOOD,
     "top-1": TOP1,
     "TP with SP": f"{GOOD} --tensor-model-parallel-size 2 --sequence-parallel",

@@ -44,6 +44,7 @@ RESULTS = ("megatron.training.training.train_step",)
 SOURCES = (
     "megatron.core.transformer.moe.moe_layer.MoELayer.routed_experts_compute",
     "megatron.core.transformer.moe.moe_layer.MoELayer.postprocess",
+    "megatron.core.transformer.moe.moe_utils.pad_routing_map",
     "megatron.core.transformer.moe.moe_utils.topk_routing_with_score_function",
     "megatron.core.transformer.moe.router.TopKRouter.routing",
     "megatron.training.models.gpt.GPTModelBuilder.build_model",

@@ -129,6 +129,7 @@ def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             ],
             **halves(out, "dropout", DROPOUT),
             **halves(out, "reshardable", RESHARDABLE, "--ckpt-fully-parallel-load"),
+            **halves(out, "fp32", [*TINY, "--use-distributed-optimizer"]),
             **halves(out, "overlap", [*DISTRIBUTED, "--overlap-grad-reduce"]),
             **asynchronous,
         },
@@ -176,7 +177,7 @@ def test_recomputation_repeats_dropout_bit_for_bit(more_runs: Runs, name: str):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["dropout", "reshardable", "overlap"])
+@pytest.mark.parametrize("name", ["dropout", "reshardable", "fp32", "overlap"])
 def test_resumes_bit_for_bit(more_runs: Runs, name: str):
     check_resumed(more_runs, name)
 

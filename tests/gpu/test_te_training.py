@@ -1,0 +1,117 @@
+"""Short runs of the entry point: a way of running may change the speed, and nothing else.
+
+Contract: losses and the norm of the default vectors are those of the plain run, step by step,
+within a tolerance. One row runs on the CPU, so that the test's own logic is known to work.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megatron_default_moe import support
+from megatron_default_moe.config import add_router_gradient_args, options_from_args
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+MODEL = (
+    "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256 --seq-length 64"
+    " --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --train-iters 6"
+    " --lr 0.001 --lr-decay-style constant --lr-warmup-iters 0 --eval-iters 0 --eval-interval 99"
+    " --log-interval 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 127"
+    " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
+    " --attention-dropout 0 --hidden-dropout 0 --split 100,0,0 --num-experts 4"
+    " --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 256"
+    " --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none"
+    " --moe-router-dtype fp32 --default-vector-beta 0.5"
+)
+TE = "--transformer-impl transformer_engine --moe-grouped-gemm --bf16"
+GRAPHS = f"{TE} --cuda-graph-impl transformer_engine --te-rng-tracker --cuda-graph-warmup-steps 2"
+RUNS = {
+    "cpu-full-recompute": (
+        "",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        1e-6,
+    ),
+    "full-recompute": (
+        TE,
+        f"{TE} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        2e-3,
+    ),
+    "graphs-of-attention": (TE, f"{GRAPHS} --cuda-graph-modules attn", 2e-3),
+    "graphs-of-attention-and-mlp": (
+        f"{TE} --moe-layer-freq ([0,1])",
+        f"{GRAPHS} --cuda-graph-modules attn mlp --moe-layer-freq ([0,1])",
+        2e-3,
+    ),
+    "fused-permute-and-router": (TE, f"{TE} --moe-permute-fusion --moe-router-fusion", 2e-3),
+    "overlapped-wgrad": (TE, f"{TE} --overlap-dispatch-backward-with-experts-wgrad", 2e-3),
+    "fp8-delayed": (TE, f"{TE} --fp8-format hybrid --fp8-recipe delayed", 5e-2),
+    "fp8-router-padding": (
+        f"{TE} --fp8-format hybrid --fp8-recipe delayed",
+        f"{TE} --fp8-format hybrid --fp8-recipe delayed --moe-router-padding-for-quantization",
+        5e-2,
+    ),
+}
+"""Flags of the plain run, flags of the other, and the relative tolerance (chosen, not measured)."""
+
+
+def trained(flags: str) -> list[tuple[float, float]]:
+    """Loss and vector norm of every step."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_default_moe.pretrain", *MODEL.split(), *flags.split()],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = re.findall(r"lm loss: (\S+).*default-vector norm: (\S+)", done.stdout)
+    assert len(found) == 6, done.stdout[-3000:]
+    return [(float(loss), float(norm)) for loss, norm in found]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_flags_exist_and_are_accepted(name: str) -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_router_gradient_args(add_megatron_arguments(argparse.ArgumentParser()))
+    for flags in RUNS[name][:2]:
+        args = parser.parse_args([*MODEL.split(), *flags.split()])
+        support.check(args, options_from_args(args))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name.startswith("cpu") else [pytest.mark.gpu])
+        for name in RUNS
+    ],
+)
+def test_losses_and_vectors_stay(name: str) -> None:
+    plain, other, tolerance = RUNS[name]
+    if not name.startswith("cpu"):
+        pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    expected = trained(plain)
+    assert expected[0][1] < expected[-1][1], "the vectors stood still"
+    for actual_step, expected_step in zip(trained(other), expected, strict=True):
+        assert actual_step == pytest.approx(expected_step, rel=tolerance)
+
+
+def test_every_command_of_the_results_page_selects_tests() -> None:
+    page = (ROOT / "docs" / "results" / "gpu.md").read_text()
+    commands = re.findall(r"`python -m pytest -m \"\" (\S+) -k \"([^\"]+)\"`", page)
+    assert len(commands) == len(re.findall(r"^\| (?!what|-)", page, re.MULTILINE)) >= 10
+    known = {path: (ROOT / path).read_text() for path, _ in commands}
+    for path, selection in commands:
+        for word in selection.split(" and "):
+            assert word in known[path], f"{path}: -k {word} selects nothing"
