@@ -7,14 +7,13 @@ import argparse
 import os
 import sys
 
-from megatron_default_moe.errors import UserError
-
 
 def main() -> int:
     """Run the command line."""
-    # Planning is done on the CPU also where there is a GPU. Before CUDA is first asked for.
+    # Planning is done on the CPU also where there is a GPU: hide it before anything asks for it.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_default_moe import cpu
+    from megatron_default_moe.errors import UserError
     from megatron_default_moe.plan.cards import CARDS
     from megatron_default_moe.pretrain import _quiet_expected_warnings
 

@@ -205,8 +205,10 @@ _UNCOUNTED = {
     "use_torch_fsdp2": "FSDP's shards are not counted",
     "fp8_param_gather": "weights kept in FP8 alone are not counted",
     "fp4_param_gather": "weights kept in FP4 alone are not counted",
+    "moe_latent_size": "its projections are Transformer Engine's, which is not used here",
+    "experimental_attention_variant": "its layers are not counted",
 }
-"""Switches whose effect on memory the formulas do not know."""
+"""Flags whose effect on memory the formulas do not know."""
 
 
 def _check_countable(args: argparse.Namespace) -> None:

@@ -109,8 +109,9 @@ def _memory(plan: Plan) -> list[str]:
     return [
         *lines,
         f"  of the card's {_size(plan.card.memory)}: {fullest.total / plan.card.memory:.0%}",
-        f"  Megatron's own formula, fullest stage: weights, gradients and optimizer {_size(state)}"
-        f" (here {_size(ours)}), activations {_size(activations)} (dense, without recomputation)",
+        "  Megatron's theoretical_memory_usage, first stage: weights, gradients and optimizer",
+        f"  {_size(state)} (here, fullest stage: {_size(ours)}); activations {_size(activations)}"
+        " (as if dense, no recomputation)",
     ]
 
 
@@ -146,9 +147,10 @@ def _work(plan: Plan) -> list[str]:
     mfu = cost.flops / cost.step_seconds / gpus / plan.card.bf16_flops
     return [
         f"Operations   {cost.flops:.4g} FLOP per step, {cost.flops / cost.tokens:.4g} per token"
-        " (Megatron's count; of the experts, the active ones)",
+        " (active experts only)",
         f"Step time    {cost.step_seconds:.3g} s estimated, not measured:"
-        f" computation {cost.compute_seconds:.3g} s, pipeline bubble {cost.bubble_seconds:.3g} s,"
+        f" computation {cost.compute_seconds:.3g} s,",
+        f"             pipeline bubble {cost.bubble_seconds:.3g} s,"
         f" communication not hidden {cost.exposed_seconds:.3g} s",
         f"             {speed:,.0f} tokens/s, {speed / gpus:,.0f} per GPU,"
         f" {mfu:.0%} of the bf16 peak",
@@ -159,19 +161,19 @@ def _notes(plan: Plan) -> list[str]:
     built = [str(stage.ranks[0]) for stage in plan.stages]
     pp, args = plan.run.layout.pp, plan.run.args
     stages = (
-        f"pipeline stages {', '.join(built)} of {pp} were built; the others are like one of them"
+        f"pipeline stages {', '.join(built)} of {pp}; the others are like one of them"
         if len(built) < pp
-        else f"every pipeline stage of {pp} was built"
+        else ("every pipeline stage" if pp > 1 else "the one stage")
     )
     lines = [
-        f"Built on the meta device in a fake process group of {args.world_size}: {stages}.",
+        f"Built on the meta device in a fake process group of {args.world_size}:\n{stages}.",
         f"Assumed: {COMPUTE_EFFICIENCY:.0%} of the card's peak in matrix products,"
         f" {LINK_EFFICIENCY:.0%} of a link's rate, evenly loaded experts.",
     ]
     if args.transformer_impl == "transformer_engine":
         lines.insert(
             1,
-            "Transformer Engine is not used here: Megatron's own modules were built in its place,"
-            f" and checks that ask for its version were answered with {ASSUMED_TE_VERSION}.",
+            "Transformer Engine is not used here: Megatron's own modules were built in its place,\n"
+            f"and checks that ask for its version were answered with {ASSUMED_TE_VERSION}.",
         )
     return lines

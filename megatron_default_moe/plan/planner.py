@@ -88,7 +88,7 @@ def make(argv: list[str], gpus: int, card: Card) -> Plan:
             continue
         try:
             _fitting(parsed, card, layout)
-        except UserError:
+        except LayoutError:
             continue
         raise UserError(f"{reason}; the nearest layout that works is {layout}") from cause
     raise UserError(f"{reason}; no other TP, PP and EP sizes work either") from cause

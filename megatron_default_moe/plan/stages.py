@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_default_moe import cpu
+from megatron_default_moe.errors import UserError
 from megatron_default_moe.plan.arguments import CheckedRun, LayoutError, quiet
 
 _BUILT_TOGETHER = 2
@@ -79,6 +80,7 @@ def build(run: CheckedRun, config: Any) -> list[Stage]:
 
     Raises:
         LayoutError: Megatron cannot build the model in this layout; with its reason.
+        UserError: the process that builds a stage ended early.
     """
     alike: dict[tuple[Chunk, ...], list[int]] = {}
     try:
@@ -152,8 +154,9 @@ def _result(pipe: Connection, rank: int) -> Counts:
     try:
         result = pipe.recv()
     except EOFError:
-        raise LayoutError(
-            f"pipeline stage {rank} could not be built: its process ended; is there enough memory?"
+        raise UserError(
+            f"pipeline stage {rank} could not be built: its process ended, for the reason above or"
+            " for lack of memory on this machine"
         ) from None
     if isinstance(result, str):
         raise LayoutError(f"Megatron cannot build pipeline stage {rank}: {result}")
@@ -195,6 +198,7 @@ def _pose_as(run: CheckedRun, rank: int) -> None:
     )
     args.rank, args.local_rank = rank * stride, 0
     args.fake_process_group, args.use_gloo_process_groups = True, False
+    args.cuda_graph_impl = "none"
     set_args(args)
     if torch.distributed.is_initialized():
         # Inherited by the fork; its other ranks know nothing of us.
@@ -217,6 +221,16 @@ _LOCAL = {
     "tp_comm_overlap": False,
     "perform_initialization": False,
     "use_te_activation_func": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_fusion": False,
+    "moe_shared_expert_overlap": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "layernorm_zero_centered_gamma": False,
+    "fused_residual_rmsnorm": False,
+    "mla_down_proj_fusion": False,
+    "use_transformer_engine_op_fuser": False,
+    "delay_wgrad_compute": False,
+    "defer_embedding_wgrad_compute": False,
     "cuda_graph_impl": "none",
     "fp8": None,
     "fp4": None,
