@@ -7,7 +7,8 @@ A config file holds Megatron's (and this package's) flags by name, without the l
     moe-router-load-balancing-type: [global_aux_loss]
 
 ``true`` sets a switch, ``false`` clears it, ``null`` is as if the line were not there; environment
-variables are read as ``${oc.env:NAME}``. The command line wins over the file.
+variables are read as ``${oc.env:NAME}``. ``base: other.yaml`` takes the lines of another file, by
+its path from this one, for which this file's own lines win. The command line wins over all files.
 """
 
 import argparse
@@ -92,6 +93,47 @@ def expand_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]
 
 
 def _flags_of_file(parser: argparse.ArgumentParser, path: pathlib.Path) -> list[str]:
+    flags: list[str] = []
+    for key, (home, value) in _lines_of_file(path, ()).items():
+        flags += _flag(parser, home, key, value)
+    return flags
+
+
+def _lines_of_file(
+    path: pathlib.Path, derived: tuple[pathlib.Path, ...]
+) -> dict[str, tuple[pathlib.Path, Any]]:
+    """The lines of a file and of its bases: each flag's last value, and the file that it is from.
+
+    Args:
+        path: the file.
+        derived: the files that name this one as their base, to notice a circle.
+    """
+    values = _load(path)
+    lines: dict[str, tuple[pathlib.Path, Any]] = {}
+    base = values.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"--config {path}: base takes the path of one file")
+        base_path = path.parent / base
+        seen = (*derived, path)
+        if any(base_path.resolve() == file.resolve() for file in seen):
+            raise UserError(f"--config {path}: base {base} leads back to a file that builds on it")
+        if not base_path.is_file():
+            raise UserError(
+                f"--config {path}: base {base} is not a file (its path starts from this file's"
+                " folder)"
+            )
+        lines = _lines_of_file(base_path, seen)
+    for key, value in values.items():
+        # One spelling per flag, so that a line replaces its base's and `false` clears its switch.
+        name = str(key).removeprefix("--").replace("_", "-")
+        lines.pop(name, None)
+        lines[name] = (path, value)
+    return lines
+
+
+def _load(path: pathlib.Path) -> dict[Any, Any]:
+    """What a YAML file holds, environment variables filled in."""
     import omegaconf
     import yaml
 
@@ -112,10 +154,7 @@ def _flags_of_file(parser: argparse.ArgumentParser, path: pathlib.Path) -> list[
             ) from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: the file must hold lines of the form 'flag: value'")
-    flags: list[str] = []
-    for key, value in values.items():
-        flags += _flag(parser, path, str(key), value)
-    return flags
+    return values
 
 
 def _one_line(error: Exception) -> str:

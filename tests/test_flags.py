@@ -305,3 +305,40 @@ def test_help_shows_our_flags(
     assert "router gradient (megatron_default_moe)" in shown
     assert "--default-vector-beta" in shown
     assert "--moe-router-topk" in shown
+
+
+def write(folder: pathlib.Path, **files: str) -> pathlib.Path:
+    """Write files NAME.yaml and return the path of `run`."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / "run.yaml"
+
+
+def test_a_base_holds_the_lines_that_the_file_does_not(
+    parser: argparse.ArgumentParser, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base", model="base: common.yaml\nnum-layers: 2\nswiglu: true\nseed: 5")
+    write(tmp_path / "base", common="num-layers: 1\nhidden-size: 8\nbf16: true\nsplit: 1,0,0")
+    run = write(tmp_path, run="base: base/model.yaml\nhidden_size: 16\nswiglu: false\nsplit:")
+    words = flags.expand_config(parser, ["--config", str(run), "--seed", "6"])
+    args = parser.parse_args(words)
+    assert (args.num_layers, args.hidden_size, args.seed) == (2, 16, 6)
+    assert (args.bf16, args.swiglu, args.split) == (True, False, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: nowhere.yaml", "base nowhere.yaml is not a file"),
+        ("base: [a.yaml, b.yaml]", "base takes the path of one file"),
+        ("base: run.yaml", "leads back"),
+        ("base: other.yaml", "leads back"),
+        ("base: wrong.yaml", "wrong.yaml: num-layerz is not a flag"),
+    ],
+)
+def test_mistakes_with_a_base(
+    parser: argparse.ArgumentParser, tmp_path: pathlib.Path, text: str, words: str
+) -> None:
+    run = write(tmp_path, run=text, other="base: run.yaml", wrong="num-layerz: 3")
+    assert words in refusal(lambda: flags.expand_config(parser, ["--config", str(run)]))
