@@ -8,6 +8,7 @@ ends in one sentence and exit code 2, before any work is done.
 import argparse
 import logging
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -150,7 +151,7 @@ def _pretrain(args: Any, model_config: Any) -> None:
     from megatron.training import inprocess_restart, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_default_moe import gpt_data
+    from megatron_default_moe import gpt_data, restarts
 
     pretrain_maybe_restarting, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:
@@ -159,7 +160,7 @@ def _pretrain(args: Any, model_config: Any) -> None:
             gpt_data.datasets_provider(model_config.transformer),
             ModelType.encoder_or_decoder,
             gpt_data.forward_step,
-            store=store,
+            store=restarts.store_of_this_attempt() if store is None else store,
             get_embedding_ranks=gpt_data.embedding_ranks(model_config.transformer),
         )
     except CheckpointingException as error:
@@ -188,7 +189,18 @@ def main(argv: list[str] | None = None) -> int:
 def _checkpoint_reason(error: Any) -> str:
     """What the ranks met, each once: torch's exception holds one failure a rank."""
     met = {f"{type(failure[0]).__name__}: {failure[0]}" for failure in error.failures.values()}
-    return f"a checkpoint could not be read or written: {'; '.join(sorted(met))}"
+    what = "; ".join(sorted(met)) or "another rank failed"
+    return f"a checkpoint could not be read or written: {what}{_room_for_checkpoints()}"
+
+
+def _room_for_checkpoints() -> str:
+    """The free space where checkpoints go: torch's writer does not name a full disk."""
+    from megatron.training.global_vars import get_args
+
+    folder = get_args().save
+    if not folder or not os.path.isdir(folder):
+        return ""
+    return f" ({shutil.disk_usage(folder).free / 1e9:,.3f} GB free in --save {folder})"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ case and rank, ``OUT/<name>.<rank>.pt`` holds a list of steps: loss, gradient no
 and per MoE layer the default vectors after the step, the router gradient, and the vectors that the
 step should have led to, computed apart in float64 from what the experts returned.
 
-With ``"stock": true`` the case builds a plain GPTModelConfig and nothing is patched.
+With ``"stock": true`` the case builds a plain GPTModelConfig and nothing is patched. With
+``"rerun": true`` Megatron's rerun machine runs every step twice. ``"poison": [where, step, value]``
+puts a number that is not finite into one row of expert 0 in layer 1 (``expert``), or into the
+gradient of its router (``gradient``), on rank 0 in that step.
 """
 
 import datetime
@@ -20,6 +23,7 @@ from megatron_default_moe import cpu
 cpu.install()
 
 import torch  # noqa: E402
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from megatron.training import training as megatron_training  # noqa: E402
 
@@ -36,9 +40,30 @@ def number_of(router: Any) -> int:
 class Recorder:
     """What one case did on this rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.rerun: bool = case.get("rerun", False)
+        self.poison: tuple[str, int, str] = case.get("poison", ("nowhere", 0, "nan"))
         self.steps: list[dict[str, Any]] = []
         self.layers: dict[int, dict[str, Any]] = {}
+        self.runs = 0
+
+    def poisons(self, where: str) -> bool:
+        """Whether this is the place and step to poison, on this rank."""
+        place, step, _ = self.poison
+        return place == where and step == len(self.steps) + 1 and torch.distributed.get_rank() == 0
+
+    def poison_expert(self, layer: Any) -> None:
+        """Spoil the first row of the first local expert of layer 1, if it has one."""
+
+        def spoil(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+            counts = args[1].tolist()
+            if not (layer.layer_number == 1 and self.poisons("expert") and counts[0]):
+                return output
+            rows = output[0].clone()
+            rows[0] = float(self.poison[2])
+            return rows, *output[1:]
+
+        layer.experts.register_forward_hook(spoil)
 
     def watch_experts(self, layer: Any) -> None:
         """Sum the experts' outputs apart from the package's own sums, in float64."""
@@ -79,11 +104,15 @@ class Recorder:
             layers = [m for c in model for m in c.modules() if hasattr(m, "router")]
             watched = [m for m in layers if hasattr(m.router, "default_vectors")]
             before = {id(m): m.router.default_vectors.double().clone() for m in watched}
+            if self.rerun:
+                get_rerun_state_machine().set_mode(RerunMode.REPORT_DETERMINISM_STATS)
+            self.runs = 0
             result = original(*args, **kwargs)
             step: dict[str, Any] = {
                 "loss": {key: value.clone() for key, value in (result[0] or {}).items()},
                 "skipped": bool(result[1]),
                 "grad_norm": result[5],
+                "runs": self.runs,
                 "layers": {},
             }
             for layer in layers:
@@ -95,6 +124,7 @@ class Recorder:
             for layer in watched:
                 step["layers"][number_of(layer.router)].update(
                     before=before[id(layer)].float(),
+                    rejected=layer.router.rejected_updates.clone(),
                     vectors=layer.router.default_vectors.clone(),
                     updates=layer.router.default_vector_updates.clone(),
                     expected=self.expected(layer, before[id(layer)]),
@@ -110,6 +140,10 @@ class Recorder:
         """Keep the router gradients as finalisation leaves them, before clipping."""
 
         def recorded(model: Any, *args: Any, **kwargs: Any) -> None:
+            self.runs += 1
+            if self.poisons("gradient"):
+                router = next(m.router for c in model for m in c.modules() if hasattr(m, "router"))
+                router.weight.main_grad[0, 0] = float(self.poison[2])
             original(model, *args, **kwargs)
             self.router_grads = {
                 number_of(module.router): module.router.weight.main_grad.detach().clone()
@@ -123,7 +157,7 @@ class Recorder:
 
 def run(case: dict[str, Any], out: pathlib.Path) -> None:
     """Run one case and write what it did."""
-    recorder = Recorder()
+    recorder = Recorder(case)
     originals = {
         (megatron_training, "train_step"): megatron_training.train_step,
         (default_vectors, "megatron_finalize_model_grads"): (
@@ -136,6 +170,7 @@ def run(case: dict[str, Any], out: pathlib.Path) -> None:
     def init(layer: Any, *args: Any, **kwargs: Any) -> None:
         originals[moe_layer.DefaultMoELayer, "__init__"](layer, *args, **kwargs)
         recorder.watch_experts(layer)
+        recorder.poison_expert(layer)
 
     moe_layer.DefaultMoELayer.__init__ = init
     default_vectors.megatron_finalize_model_grads = recorder.finalize(
