@@ -205,13 +205,13 @@ class _DefaultTerm(torch.autograd.Function):
         grad_TE = None
         if ctx.needs_input_grad[1]:
             scores_TE, probs_TE, map_TE, vectors_ED = ctx.saved_tensors
-            grad_TE = _scores_gradient(
+            grad_TE = scores_gradient(
                 grad_TD, scores_TE, probs_TE, map_TE, vectors_ED, ctx.softmax_scale
             )
         return grad_TD, grad_TE, None, None, None, None, None
 
 
-def _scores_gradient(
+def scores_gradient(
     grad_TD: Tensor,
     scores_TE: Tensor,
     probs_TE: Tensor,
@@ -219,6 +219,7 @@ def _scores_gradient(
     vectors_ED: Tensor,
     softmax_scale: float | None,
 ) -> Tensor:
+    """Gradient of the scores [T, E]; arguments as in :func:`add_default_term`, contiguous."""
     (num_tokens, width), num_experts = grad_TD.shape, scores_TE.shape[1]
     grad_TE = torch.empty_like(scores_TE)
     if num_tokens:

@@ -63,6 +63,30 @@ def test_the_kernels_compile_and_fit(monkeypatch: pytest.MonkeyPatch, capability
             assert found.shared <= compile_kernels.SHARED_MEMORY, f"{what}: {found.shared} bytes"
 
 
+@pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
+def test_one_local_expert_compiles(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    """An argument of one is a constant to Triton: expert parallelism 8 of 8 experts, one row."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import compile_kernels
+
+    from megatron_default_moe import kernel_sums
+
+    constants = {"UNIFORM": True, **kernel_sums.blocks(1, 8), "e": 1, "R": 1, "T": 1}
+    kernel, types = kernel_sums.statistics_kernel, compile_kernels.SUMS
+    found = compile_kernels.compiled(kernel, types, constants, capability)
+    assert "trap;" not in found.ptx
+
+
+def test_the_benchmark_needs_a_device_and_says_so() -> None:
+    command = [sys.executable, "-W", "ignore", "bench/kernels.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert "needs a CUDA device" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("available", "capability", "wanted", "fused"),
     [
