@@ -66,6 +66,10 @@ class RouterGradientConfig:
     of the default vectors sum to one. Megatron divides by the sum over the chosen experts (with
     --moe-router-topk 1, by nothing). Changes the weights of the experts in topk training too."""
 
+    kernels: bool = _switch(True, "default-vector-kernels")
+    """On NVIDIA devices of compute capability 9 and 10, where Triton is installed, use the fused
+    kernels. Off, and everywhere else: the same maths in PyTorch."""
+
     from_baseline: bool = _flag(
         False, "default-vector-from-baseline", action="store_const", const=True
     )

@@ -15,7 +15,8 @@ from megatron_default_moe import default_vectors, patches, support
 from megatron_default_moe.config import RouterGradientConfig
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.moe_layer import DefaultMoELayer
-from megatron_default_moe.router import DefaultMoERouter, ObservedTopKRouter
+from megatron_default_moe.router import ObservedTopKRouter
+from megatron_default_moe.router_choice import default_moe_router
 
 
 def attach(
@@ -100,7 +101,7 @@ def _layer_class(options: RouterGradientConfig) -> Any:
 
 
 def _with_router(submodules: Any, options: RouterGradientConfig) -> Any:
-    router = DefaultMoERouter if options.uses_default_vectors else ObservedTopKRouter
+    router = default_moe_router(options) if options.uses_default_vectors else ObservedTopKRouter
     return dataclasses.replace(submodules, router=router)
 
 

@@ -87,15 +87,19 @@ class ObservedTopKRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route with Megatron's code, then look at the result (see ``TopKRouter.routing``)."""
         probs, routing_map = super().routing(logits, padding_mask)
+        return self._look(logits.reshape(-1, self.num_experts), probs, routing_map), routing_map
+
+    def _look(self, logits_TE: Tensor, probs_TE: Tensor, map_TE: Tensor) -> Tensor:
+        """Take what this pass needs of a routing; return the probabilities to go on with."""
         # A padding token of a filled-up expert is in the map with probability zero.
-        active = routing_map & (probs != 0)
+        active_TE = map_TE & (probs_TE != 0)
         dense_TE = None
         if self._needs_dense_probs:
-            dense_TE = self.dense_probs(logits.reshape(-1, self.num_experts))
+            dense_TE = self.dense_probs(logits_TE)
             if self.options.normalized_gate:
-                probs = functional.replace_active_probs(probs, active, dense_TE)
-        self._on_routed(dense_TE, probs, active)
-        return probs, routing_map
+                probs_TE = functional.replace_active_probs(probs_TE, active_TE, dense_TE)
+        self._on_routed(dense_TE, probs_TE, active_TE)
+        return probs_TE
 
     @property
     def _needs_dense_probs(self) -> bool:
@@ -118,9 +122,14 @@ class ObservedTopKRouter(TopKRouter):
             stats.totals[0] += active_TE.shape[0]
             if self.collects_details:
                 assert dense_TE is not None
-                scores_TE = dense_TE.float()
-                scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-                stats.totals[1] += torch.special.entr(scores_TE).sum()
+                self._count_entropy(dense_TE)
+
+    @torch.no_grad()
+    def _count_entropy(self, dense_TE: Tensor) -> None:
+        scores_TE = dense_TE.float()
+        scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        totals = StepSums.view(self.local_stats, self.num_experts, 0).totals
+        totals[1] += torch.special.entr(scores_TE).sum()
 
     def dense_probs(self, logits_TE: Tensor) -> Tensor:
         """Return the probabilities of all experts, as Megatron computes those of the chosen.
@@ -324,11 +333,14 @@ class DefaultMoERouter(ObservedTopKRouter):
         else:
             result_TD = functional.attach_default_gradient(flat_TD, inactive_TE, vectors_ED)
         if self.collects_details and self.counts_this_pass:
-            with torch.no_grad():
-                totals = StepSums.view(self.local_stats, self.num_experts, 0).totals
-                totals[2] += (result_TD - flat_TD).float().square().sum()
-                totals[3] += result_TD.float().square().sum()
+            self._count_norms(flat_TD, result_TD)
         return result_TD.view_as(output)
+
+    @torch.no_grad()
+    def _count_norms(self, flat_TD: Tensor, result_TD: Tensor) -> None:
+        totals = StepSums.view(self.local_stats, self.num_experts, 0).totals
+        totals[2] += (result_TD - flat_TD).float().square().sum()
+        totals[3] += result_TD.float().square().sum()
 
     def local_step_sums(self, out: StepSums) -> None:
         """Write this rank's share of the step into zeroed ``out`` and start the next step."""

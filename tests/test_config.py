@@ -33,6 +33,7 @@ SWITCHES = [
     "--default-vector-in-eval",
     "--default-vector-bias-correction",
     "--default-vector-normalized-gate",
+    "--default-vector-kernels",
 ]
 DESIGN_FLAGS = {
     *DESIGN_CHOICES,
@@ -52,6 +53,7 @@ DEFAULTS = {
     "init": "zeros",
     "bias_correction": False,
     "normalized_gate": False,
+    "kernels": True,
     "from_baseline": False,
 }
 PAPER = {**DEFAULTS, "order": "before-use", "beta": 0.9}
@@ -170,6 +172,7 @@ def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
         (["--no-default-vector-in-eval"], "in_eval", False),
         (["--default-vector-init", "gaussian"], "init", "gaussian"),
         (["--default-vector-bias-correction"], "bias_correction", True),
+        (["--no-default-vector-kernels"], "kernels", False),
         (["--default-vector-from-baseline"], "from_baseline", True),
         (
             ["--no-default-vector-in-eval", "--default-vector-in-eval"],
