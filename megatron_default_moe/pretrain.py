@@ -6,6 +6,7 @@ ends in one sentence and exit code 2, before any work is done.
 """
 
 import argparse
+import errno
 import logging
 import os
 import shutil
@@ -182,6 +183,12 @@ def main(argv: list[str] | None = None) -> int:
         return errors.report(error)
     except CheckpointException as error:
         print(f"error: rank {_rank()}: {_checkpoint_reason(error)}", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        line = f"error: rank {_rank()}: {error}{_room_for_checkpoints()}"
+        print(line, file=sys.stderr, flush=True)
         return 1
     return 0
 

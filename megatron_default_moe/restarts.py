@@ -33,7 +33,7 @@ def store_of_this_attempt(environment: Mapping[str, str] = os.environ) -> Any:
             WAY_OUT,
         )
         return None
-    from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     shared = TCPStore(
         environment["MASTER_ADDR"],

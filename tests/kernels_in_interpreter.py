@@ -19,7 +19,7 @@ import pytest
 import torch
 from building import build_layer, train_step
 from layer_reference import tokens
-from test_functional import normal, routing, same_bits, sorted_rows
+from maths import normal, routing, same_bits, sorted_rows
 
 from megatron_default_moe import functional, kernel_sums, kernels, model, naive
 from megatron_default_moe.fused_router import FusedDefaultMoERouter

@@ -79,7 +79,8 @@ def test_every_diff_has_a_symptom() -> None:
 def test_a_diff_cures_its_bug(copy: pathlib.Path, patch: pathlib.Path) -> None:
     before = run_check(patch, copy)
     assert before.returncode != 0
-    assert SYMPTOMS[patch.stem] in before.stdout + before.stderr
+    output = before.stdout + before.stderr
+    assert SYMPTOMS[patch.stem] in output, output[-4000:]
     apply(patch, copy)
     after = run_check(patch, copy)
     assert after.returncode == 0, after.stdout + after.stderr

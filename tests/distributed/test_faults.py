@@ -237,7 +237,6 @@ def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(small_disk: pathl
     flags = [*EP2, "--save", str(small_disk), "--save-interval", "2"]
     done = torchrun(2, ["-m", "megatron_default_moe.pretrain", *flags], timeout=300)
     assert done.returncode != 0
-    assert "a checkpoint could not be read or written" in done.stdout
     assert " GB free in --save " in done.stdout
     step = int((small_disk / checkpoint_files.TRACKER).read_text())
     assert checkpoint_files.damage(small_disk / f"iter_{step:07d}") is None
