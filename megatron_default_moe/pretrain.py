@@ -13,6 +13,7 @@ import shutil
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from megatron_default_moe import cpu, errors
@@ -104,11 +105,14 @@ def _model_config(args: Any, options: Any) -> Any:
         raise UserError(f"Megatron refuses these arguments: {_reason(error)}") from error
 
 
-def run(argv: list[str]) -> None:
-    """Train as the flags say.
+def prepare(argv: list[str]) -> tuple[Any, Any]:
+    """Make this process ready for Megatron, and let it parse and validate the command line.
 
     Args:
         argv: the command line, without the program's name.
+
+    Returns:
+        Megatron's arguments and this package's options.
 
     Raises:
         UserError: a mistake in the flags or files.
@@ -127,8 +131,6 @@ def run(argv: list[str]) -> None:
     from megatron_default_moe.flags import expand_config
 
     patches.check_version()
-    from megatron_default_moe import entry
-
     parser = _parser()
     argv = expand_config(parser, argv)
     if on_cpu:
@@ -139,7 +141,21 @@ def run(argv: list[str]) -> None:
     parsed = parser.parse_args(argv)
     options = options_from_args(parsed)
     support.check(parsed, options)
-    args = _megatron_args(argv)
+    return _megatron_args(argv), options
+
+
+def run(argv: list[str]) -> None:
+    """Train as the flags say.
+
+    Args:
+        argv: the command line, without the program's name.
+
+    Raises:
+        UserError: a mistake in the flags or files.
+    """
+    args, options = prepare(argv)
+    from megatron_default_moe import entry
+
     options = entry.start(args, options)
     model_config = _model_config(args, options)
     _say(f"router gradient: {options}")
@@ -169,7 +185,12 @@ def _pretrain(args: Any, model_config: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, and turn a user's mistake into one line and exit code 2.
+    """Run the command line; see :func:`exit_code`."""
+    return exit_code(run, sys.argv[1:] if argv is None else argv)
+
+
+def exit_code(program: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a program, and turn a user's mistake into one line and exit code 2.
 
     A checkpoint that cannot be read or written is one line too, from the rank that met it, and exit
     code 1: nothing was saved over the checkpoints before it.
@@ -178,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        program(argv)
     except UserError as error:
         return errors.report(error)
     except CheckpointException as error:

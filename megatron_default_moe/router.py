@@ -17,6 +17,9 @@ from megatron_default_moe import functional, metrics
 from megatron_default_moe.config import RouterGradientConfig
 from megatron_default_moe.step_sums import StepSums
 
+SETTLED = 1_000_000
+"""Number of updates after which 1 - beta^n is 1 in float32 for any useful beta."""
+
 
 class ObservedTopKRouter(TopKRouter):
     """Megatron's TopKRouter, bit for bit, that also counts its load for the metrics."""
@@ -37,6 +40,8 @@ class ObservedTopKRouter(TopKRouter):
         self.vector_width = 0
         # Set by the training step on the steps that are logged: entropies and norms cost a pass.
         self.collects_details = False
+        # Set by calibrate.py: evaluation passes count, as one step without gradients.
+        self.calibrating = False
         # The all-reduced sums of the running step, between gradient finalisation and commit.
         self.pending: StepSums | None = None
         # metrics.layer_metrics of the last step, if it was taken and is logged.
@@ -82,6 +87,8 @@ class ObservedTopKRouter(TopKRouter):
         Not evaluation, and not the first of the two passes of activation recomputation, which
         runs without gradients.
         """
+        if self.calibrating:
+            return not self.training
         return self.training and torch.is_grad_enabled()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -361,3 +368,8 @@ class DefaultMoERouter(ObservedTopKRouter):
         self.default_vectors.copy_(after)
         self.default_vector_updates.add_(accepted_E)
         self.awaits_baseline = False
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take the vectors that have been set for settled: bias correction leaves them as is."""
+        self.default_vector_updates.clamp_(max=1).mul_(SETTLED)

@@ -1,0 +1,78 @@
+"""A TopK checkpoint gets its default vectors from forward batches alone.
+
+Contract: the vectors are those that one training step over the same batches would set with beta 0,
+in any layout; iteration, weights and optimizer are as before; nothing is overwritten.
+"""
+
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from launching import ROOT, TINY, record, steps_of, torchrun
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
+
+K2 = [*TINY, "--moe-router-topk", "2"]
+EP2 = [*K2, "--expert-model-parallel-size", "2"]
+TOOL = str(ROOT / "tools" / "calibrate.py")
+BATCHES = 3
+
+
+def calibrate(topk: pathlib.Path, new: pathlib.Path, *extra: str) -> Any:
+    argv = [*EP2, "--load", str(topk), "--save", str(new), *extra]
+    return torchrun(2, [TOOL, *argv, "--calibration-batches", str(BATCHES)], timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("calibrate")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: pathlib.Path) -> dict[str, Any]:
+    topk, new = folder / "topk", folder / "new"
+    save = ["--save", str(topk), "--save-interval", "4", "--exit-interval", "4"]
+    trained = {"topk": {"argv": [*EP2, "--moe-router-gradient", "topk", *save]}}
+    found = record(folder, 2, trained)
+    done = calibrate(topk, new)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert f"> calibrated on {BATCHES} batches of 8 sequences, lm loss " in done.stdout
+    one_step = [
+        *("--load", str(topk), "--default-vector-from-baseline", "--default-vector-beta", "0"),
+        *("--global-batch-size", str(8 * BATCHES), "--override-opt_param-scheduler"),
+    ]
+    switched = ["--load", str(new)]
+    cases = {
+        "one-step": {"argv": [*EP2, *one_step]},
+        "switched": {"argv": [*EP2, *switched]},
+        "stays-topk": {"argv": [*EP2, "--moe-router-gradient", "topk", *switched]},
+        "went-on": {"argv": [*EP2, "--moe-router-gradient", "topk", "--load", str(topk)]},
+    }
+    return found | record(folder, 2, cases)
+
+
+def test_the_vectors_are_the_mean_outputs_of_the_batches(runs: dict[str, Any]) -> None:
+    reference, first = steps_of(runs["one-step"])[0], steps_of(runs["switched"])[0]
+    assert first["layers"].keys() == reference["layers"].keys()
+    for number, layer in first["layers"].items():
+        expected = reference["layers"][number]["vectors"]
+        assert expected.norm() > 0
+        assert (layer["before"] - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_run_goes_on_where_it_was(runs: dict[str, Any]) -> None:
+    """Weights, optimizer, data: the TopK run continues from either checkpoint to the bit."""
+    one, other = steps_of(runs["stays-topk"]), steps_of(runs["went-on"])
+    assert [step["loss"] for step in one] == [step["loss"] for step in other]
+    assert len(one) == 4
+    for step, same in zip(one, other, strict=True):
+        for number, layer in step["layers"].items():
+            assert torch.equal(layer["router_weight"], same["layers"][number]["router_weight"])
+
+
+def test_nothing_is_overwritten(runs: dict[str, Any], folder: pathlib.Path) -> None:
+    assert runs
+    done = calibrate(folder / "topk", folder / "topk")
+    assert done.returncode != 0
+    assert f"error: --save {folder / 'topk'} already holds checkpoints" in done.stdout

@@ -1,0 +1,12 @@
+"""Fill the default vectors of a TopK checkpoint from forward batches, without training.
+
+torchrun --nproc-per-node N tools/calibrate.py <flags of the training run> --load TOPK --save NEW
+    [--calibration-batches 50]
+"""
+
+import sys
+
+from megatron_default_moe.calibrate import main
+
+if __name__ == "__main__":
+    sys.exit(main())
