@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the launchers for real: ranks that are killed, two hosts made of network namespaces of which
-# one is lost, and a SLURM with two nodes on this machine. About 8 minutes.
+# one is lost, a SLURM with two nodes on this machine, and the steps of the Dockerfile. About 8
+# minutes; fetches packages.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -21,4 +22,5 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 OMP_NUM_THREADS=1 exec timeout --kill-after=60 3000 \
-    "${PYTHON:-.venv/bin/python}" -m pytest -v "$@" tests/launch/nodes.py tests/launch/slurm.py
+    "${PYTHON:-.venv/bin/python}" -m pytest -v "$@" tests/launch/nodes.py tests/launch/image.py \
+    tests/launch/slurm.py

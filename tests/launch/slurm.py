@@ -26,8 +26,9 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# The expiry is how long a job that was queued again waits before it starts.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+# The expiry is how long a job that was queued again waits before it starts (120 s by default). It
+# must be longer than KillWait (and 5 s), after which the nodes end what is left of the first start.
+AuthInfo=socket={folder}/munge.socket,cred_expire=12
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -39,7 +40,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2
-KillWait=10
+KillWait=3
 MailProg=/bin/true
 MpiDefault=none
 ReturnToService=2
@@ -156,19 +157,21 @@ def test_the_time_limit_makes_a_checkpoint_and_the_job_goes_on_after_it(slurm, t
 
 @pytest.mark.timeout(900)
 def test_a_failed_job_is_queued_again_only_if_it_got_further(slurm, tmp_path):
-    job = Job(tmp_path, config=str(write_config(tmp_path)), MAX_RESTARTS="0")
-    job.wait("a checkpoint", lambda: reached(job.run) >= 40)
+    config = str(write_config(tmp_path, **{"save-interval": 300}))
+    job = Job(tmp_path, config=config, MAX_RESTARTS="0")
+    job.wait("a checkpoint", lambda: reached(job.run) == 300, 2 * START)
     os.kill(ranks(job.run)[0], signal.SIGKILL)
-    job.wait("the queue", lambda: "queued again" in job.text(), 90)
-    assert "failed with exit code" in job.text()
-    job.wait("the resumed run", lambda: loaded(job.log))
-    # Lost again, before the next checkpoint: something is wrong, and no use in repeating it.
-    before = reached(job.run)
-    if before == loaded(job.log)[0]:
-        os.kill(ranks(job.run)[0], signal.SIGKILL)
-        assert job.ends(90) == "FAILED"
-        assert "before a new checkpoint; not queued again" in job.text()
-    run("scancel", job.number)
+    job.wait("the queue", lambda: "queued again" in job.text())
+    assert re.search(
+        r"failed with exit code \d+: queued again; the checkpoint is at 300\n", job.text()
+    )
+
+    # Lost again before the next checkpoint: no use in repeating it.
+    job.wait("the resumed run", lambda: loaded(job.log) == [300])
+    os.kill(ranks(job.run)[0], signal.SIGKILL)
+    assert job.ends(START) == "FAILED"
+    assert "before a new checkpoint; not queued again" in job.text()
+    assert reached(job.run) == 300
 
 
 @pytest.mark.timeout(300)
