@@ -2,10 +2,11 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full lint bench lock clean
+.PHONY: help venv quickstart test test-full test-launch lint bench lock clean
 
 PYTHON_VENV := .venv/bin/python
 STAMP := .venv/.installed
+SHELL_SCRIPTS := .ci/run $(wildcard tools/*.sh docker/*.sh tests/launch/*.sh examples/launch/*.s*)
 # Two test processes share the cores, and so do the two ranks of a launch: one thread each.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
@@ -32,10 +33,15 @@ test-full: $(STAMP) ## every test, the long ones included
 	@if [ -d tests/distributed ]; then set -x; \
 		$(TEST_ENV) $(PYTHON_VENV) -m pytest -m "" tests/distributed; fi
 
-lint: $(STAMP) ## ruff (lint and format) and mypy
+test-launch: $(STAMP) ## run the launchers, on two hosts and on a SLURM of its own (as root)
+	@tests/launch/run.sh
+
+lint: $(STAMP) ## ruff (lint and format), mypy, shellcheck, hadolint
 	$(PYTHON_VENV) -m ruff check
 	$(PYTHON_VENV) -m ruff format --check
 	$(PYTHON_VENV) -m mypy
+	.venv/bin/shellcheck $(SHELL_SCRIPTS)
+	.venv/bin/hadolint Dockerfile
 
 bench: $(STAMP) ## measure the overhead against TopK and write docs/results/
 	$(PYTHON_VENV) bench/overhead.py

@@ -110,7 +110,7 @@ def test_pips_index_reaches_uv_and_uvs_own_settings_win(tmp_path):
 
 
 def test_the_lock_has_hashes_for_every_package_and_names_no_index():
-    for name in ("dev", "uv"):
+    for name in ("dev", "uv", "docker"):
         text = (ROOT / "requirements" / f"{name}.txt").read_text()
         assert not re.search(r"://|--(extra-)?index-url|--find-links", text)
         entries = re.findall(r"^([A-Za-z0-9_.-]+(?:\[[^]]*])?==\S+)((?: \\\n    \S+)*)", text, re.M)

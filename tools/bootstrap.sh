@@ -50,11 +50,15 @@ else
 fi
 
 if [ "${1:-}" = lock ]; then
-    for name in dev uv; do
+    lock() {
         uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url \
             --no-emit-find-links --no-header --python-version 3.12 --python "${python:-3.12}" \
-            "requirements/$name.in" -o "requirements/$name.txt" >/dev/null
-    done
+            "requirements/$1.in" -o "requirements/$1.txt" "${@:2}" >/dev/null
+    }
+    lock dev
+    lock uv
+    # The same versions as tested, less what the image has in builds of its own.
+    lock docker --constraints requirements/dev.txt --excludes requirements/docker.exclude.in
     exit 0
 fi
 

@@ -32,6 +32,7 @@ fi
 roots+=("${HOME:-/nonexistent}/.pyenv")
 
 for root in "${roots[@]}"; do
+    # shellcheck disable=SC2010 # only names that are versions pass the filter
     while IFS= read -r version; do
         answers "$root/versions/$version/bin/python3.12" && exit 0
     done < <(ls "$root/versions" 2>/dev/null | grep -E '^3\.12\.[0-9]+$' | sort -t. -k3,3nr)
