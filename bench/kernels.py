@@ -130,7 +130,7 @@ def build_layer(shape: Shape, gradient: str) -> Any:
     from megatron_default_moe import RouterGradientConfig
     from megatron_default_moe.model import attach, with_default_moe
 
-    options = RouterGradientConfig(gradient=gradient)  # type: ignore[arg-type]
+    options = RouterGradientConfig(gradient=gradient, kernels=True)  # type: ignore[arg-type]
     grouped = gpt_layer_specs.HAVE_TE
     config = TransformerConfig(
         num_layers=1,

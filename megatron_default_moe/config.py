@@ -66,9 +66,10 @@ class RouterGradientConfig:
     of the default vectors sum to one. Megatron divides by the sum over the chosen experts (with
     --moe-router-topk 1, by nothing). Changes the weights of the experts in topk training too."""
 
-    kernels: bool = _switch(True, "default-vector-kernels")
+    kernels: bool = _switch(False, "default-vector-kernels")
     """On NVIDIA devices of compute capability 9 and 10, where Triton is installed, use the fused
-    kernels. Off, and everywhere else: the same maths in PyTorch."""
+    kernels. Off, and everywhere else: the same maths in PyTorch. (Off until they have been run on
+    such a device: so far they are tested in Triton's interpreter and compiled.)"""
 
     from_baseline: bool = _flag(
         False, "default-vector-from-baseline", action="store_const", const=True

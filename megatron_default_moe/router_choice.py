@@ -14,7 +14,7 @@ CAPABILITIES = (9, 10)
 def uses_kernels(options: RouterGradientConfig) -> bool:
     """Whether models built now take the fused kernels: wanted, and Triton and a device are there.
 
-    ``--no-default-vector-kernels`` forces the PyTorch functions.
+    ``--default-vector-kernels`` asks for them.
     """
     return (
         options.kernels

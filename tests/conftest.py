@@ -46,3 +46,13 @@ def new_layer(one_rank: None) -> Any:
     from building import build_layer
 
     return build_layer
+
+
+@pytest.fixture(autouse=True)
+def no_attention_backend_is_left_behind() -> Iterator[None]:
+    """Megatron's GPTModel sets variables of the environment, and refuses a model that differs."""
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        if name.startswith("NVTE_"):
+            del os.environ[name]

@@ -53,7 +53,7 @@ DEFAULTS = {
     "init": "zeros",
     "bias_correction": False,
     "normalized_gate": False,
-    "kernels": True,
+    "kernels": False,
     "from_baseline": False,
 }
 PAPER = {**DEFAULTS, "order": "before-use", "beta": 0.9}
@@ -172,7 +172,7 @@ def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
         (["--no-default-vector-in-eval"], "in_eval", False),
         (["--default-vector-init", "gaussian"], "init", "gaussian"),
         (["--default-vector-bias-correction"], "bias_correction", True),
-        (["--no-default-vector-kernels"], "kernels", False),
+        (["--default-vector-kernels"], "kernels", True),
         (["--default-vector-from-baseline"], "from_baseline", True),
         (
             ["--no-default-vector-in-eval", "--default-vector-in-eval"],

@@ -97,7 +97,7 @@ def test_the_benchmark_needs_a_device_and_says_so() -> None:
         (True, (12, 0), True, False),
         (True, (9, 0), False, False),
     ],
-    ids=["no device", "H100", "B200", "A100", "sm_120", "--no-default-vector-kernels"],
+    ids=["no device", "H100", "B200", "A100", "sm_120", "not asked for"],
 )
 def test_who_uses_them(
     monkeypatch: pytest.MonkeyPatch, available: bool, capability: Any, wanted: bool, fused: bool
@@ -114,4 +114,4 @@ def test_without_triton_the_functions_are_used(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert router_choice.default_moe_router(RouterGradientConfig()) is DefaultMoERouter
+    assert router_choice.default_moe_router(RouterGradientConfig(kernels=True)) is DefaultMoERouter
