@@ -36,6 +36,7 @@ def run(argv: list[str]) -> None:
     # Megatron asks for an interval with --save; the one save here is not by interval.
     args, options = pretrain.prepare([*argv, "--save-interval", "1"])
     _check(args, options)
+    _as_one_evaluation(args)
     from megatron_default_moe import entry
 
     # beta 0: one update sets a vector to the mean of what was summed.
@@ -46,11 +47,22 @@ def run(argv: list[str]) -> None:
     _calibrate(args, pretrain._model_config(args, options), chosen.calibration_batches)
 
 
+def _as_one_evaluation(args: Any) -> None:
+    """Set aside flags of the training run that one evaluation and one save have no use for."""
+    args.async_save, args.non_persistent_ckpt_type, args.exit_duration_in_mins = False, None, None
+    # The batches come from the training data, in its sizes.
+    args.eval_global_batch_size = args.global_batch_size
+    args.eval_micro_batch_size = args.micro_batch_size
+
+
 def _check(args: Any, options: Any) -> None:
     from megatron_default_moe import checkpoint_files
 
     if not options.uses_default_vectors:
         raise UserError("--moe-router-gradient topk has no default vectors: leave it out")
+    for flag, path in (("--load", args.load), ("--save", args.save)):
+        if "://" in str(path or ""):
+            raise UserError(f"{flag} {path} is not a directory: calibration needs a local one")
     if not args.load or checkpoint_files.folder_of(args.load, args.ckpt_step) is None:
         raise UserError(f"--load {args.load} names no checkpoint: name that of the TopK model")
     if not args.save:
@@ -60,6 +72,7 @@ def _check(args: Any, options: Any) -> None:
 
 
 def _calibrate(args: Any, model_config: Any, batches: int) -> None:
+    import torch
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
@@ -73,14 +86,19 @@ def _calibrate(args: Any, model_config: Any, batches: int) -> None:
         get_position_embedding_ranks=None,
         store=restarts.store_of_this_attempt(),
     )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     model, optimizer, scheduler = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},
         cfg_container=pretrain_cfg_container_from_args(args, model_config),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        pg_collection=groups,
     )
     # The batches after the last one trained on; a finished run has none left of its own.
+    before = args.train_iters, args.train_samples, args.consumed_valid_samples
     args.train_iters = max(args.train_iters or 0, args.iteration + batches)
+    if args.train_samples:
+        ahead = args.consumed_train_samples + batches * args.global_batch_size
+        args.train_samples = max(args.train_samples, ahead)
     routers = list(default_vectors.routers(model))
     for router in routers:
         router.calibrating = True
@@ -96,12 +114,17 @@ def _calibrate(args: Any, model_config: Any, batches: int) -> None:
         router.calibrating = False
     default_vectors.reduce_step_sums(model)
     default_vectors.commit(model, taken=True)
-    untouched = sum(int((router.default_vector_updates == 0).sum()) for router in routers)
+    untouched = torch.tensor(
+        sum(int((router.default_vector_updates == 0).sum()) for router in routers),
+        device=torch.cuda.current_device(),
+    )
+    torch.distributed.all_reduce(untouched, group=groups.pp)
     for router in routers:
         router.settle()
+    args.train_iters, args.train_samples, args.consumed_valid_samples = before
     flops = args.num_floating_point_operations_so_far
     save_checkpoint(args.iteration, model, optimizer, scheduler, flops)
-    _report(args, batches, losses, untouched)
+    _report(args, batches, losses, int(untouched))
 
 
 def _iterators(args: Any, model_config: Any, num_chunks: int) -> Any:
@@ -133,7 +156,7 @@ def _report(args: Any, batches: int, losses: Any, untouched: int) -> None:
     )
     if untouched:
         print_rank_last(
-            f"> {untouched} experts of this stage got no token and keep a vector of zero: raise"
+            f"> {untouched} experts got no token and keep a vector of zero: raise"
             " --calibration-batches if that is unexpected"
         )
 

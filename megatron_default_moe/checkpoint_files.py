@@ -67,21 +67,27 @@ def keys(folder: pathlib.Path) -> set[str] | None:
     return set(index_of(folder).state_dict_metadata)
 
 
-def damage(folder: pathlib.Path) -> str | None:
+def damage(folder: pathlib.Path, torch_dist: bool = True) -> str | None:
     """Say what is missing or too short in a checkpoint folder, or None if it is whole.
 
     Compares the length of every data file with what the index places in it: the cost is one look
-    at each file's entry, no data is read. Other formats than ``torch_dist`` are not judged.
+    at each file's entry, no data is read.
+
+    Args:
+        folder: of one iteration.
+        torch_dist: the format that is expected; other formats of torch's have the same index, but
+            no file that names the format, and Megatron's older ones are not judged.
     """
     if not folder.is_dir():
         return f"the folder {folder} is missing"
     if not (any(folder.glob("*.distcp")) or (folder / INDEX).exists() or _is_torch_dist(folder)):
         return None
-    for name in (INDEX, FORMAT):
+    for name in (INDEX, FORMAT) if torch_dist else (INDEX,):
         if not (folder / name).is_file():
             return f"the file {folder / name} is missing (saving was interrupted?)"
     try:
-        json.loads((folder / FORMAT).read_text())
+        if torch_dist:
+            json.loads((folder / FORMAT).read_text())
     except ValueError:
         return f"the file {folder / FORMAT} is damaged"
     try:

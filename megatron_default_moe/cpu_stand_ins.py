@@ -7,14 +7,20 @@ replacement. All others are the replacement itself.
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import inspect
 import logging
 import multiprocessing
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux' ``prctl``: the signal a process gets when its parent dies."""
 
 planning_on_meta = False
 """Whether the current device is ``meta``; set by `cpu.planning_on_meta`."""
@@ -260,6 +266,10 @@ reduce_scatter_uneven = _for_uneven(_reduce_scatter)
 def checkpoint_worker(*args: Any, **kwargs: Any) -> None:
     """For the loop of the writer's own process, which starts without any replacement."""
     from megatron_default_moe import cpu
+
+    if sys.platform == "linux":
+        # A rank that is killed cannot end its writer, which would wait for work for ever.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     loop = cpu.prepare_checkpoint_worker()
     loop(*args, **kwargs)

@@ -141,7 +141,18 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
     parsed = parser.parse_args(argv)
     options = options_from_args(parsed)
     support.check(parsed, options)
+    _refuse_no_data(parsed)
     return _megatron_args(argv), options
+
+
+def _refuse_no_data(args: Any) -> None:
+    """Megatron takes a run without data for one with mock data, and fails later."""
+    named = (args.data_path, args.data_args_path, args.per_split_data_args_path)
+    if not (args.mock_data or any(named) or args.train_data_path):
+        raise UserError(
+            "no data is named: give --train-data-path PREFIX (tools/preprocess_data.py makes it"
+            " from JSONL), or --mock-data to try without"
+        )
 
 
 def run(argv: list[str]) -> None:
@@ -192,8 +203,8 @@ def main(argv: list[str] | None = None) -> int:
 def exit_code(program: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a program, and turn a user's mistake into one line and exit code 2.
 
-    A checkpoint that cannot be read or written is one line too, from the rank that met it, and exit
-    code 1: nothing was saved over the checkpoints before it.
+    A checkpoint that cannot be read or written is one line too, and exit code 1: nothing was saved
+    over the checkpoints before it.
     """
     # Imports nothing of Megatron, which must find the CPU runtime installed.
     from torch.distributed.checkpoint.api import CheckpointException
@@ -203,7 +214,8 @@ def exit_code(program: Callable[[list[str]], None], argv: list[str]) -> int:
     except UserError as error:
         return errors.report(error)
     except CheckpointException as error:
-        print(f"error: rank {_rank()}: {_checkpoint_reason(error)}", file=sys.stderr, flush=True)
+        if _rank() == 0:  # torch tells every rank what all of them met
+            print(f"error: {_checkpoint_reason(error)}", file=sys.stderr, flush=True)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -215,9 +227,10 @@ def exit_code(program: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 def _checkpoint_reason(error: Any) -> str:
-    """What the ranks met, each once: torch's exception holds one failure a rank."""
-    met = {f"{type(failure[0]).__name__}: {failure[0]}" for failure in error.failures.values()}
-    what = "; ".join(sorted(met)) or "another rank failed"
+    """What the ranks met, each once, in a few words: torch's exception holds one failure a rank."""
+    failures = [failure for failure, _ in error.failures.values()]
+    met = sorted({f"{type(one).__name__}: {' '.join(str(one).split())[:300]}" for one in failures})
+    what = "; ".join(met[:3]) + (f"; and {len(met) - 3} more" if len(met) > 3 else "")
     return f"a checkpoint could not be read or written: {what}{_room_for_checkpoints()}"
 
 

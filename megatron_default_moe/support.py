@@ -8,6 +8,7 @@ checks the config for everybody else.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -126,6 +127,17 @@ RULES: tuple[Rule, ...] = (
         lambda s: "sinkhorn" in s.balancing,
     ),
     Rule(
+        "--moe-router-load-balancing-type global_aux_loss",
+        "warned",
+        "--moe-router-load-balancing-type global_aux_loss acts 1/DP as strongly as its"
+        " --moe-aux-loss-coeff says in Megatron 0.19, which averages its gradient over the"
+        " data-parallel ranks: with more than one, multiply the coefficient by their number or"
+        " apply patches/megatron-core/global-aux-loss-gradient.patch",
+        # Arguments only, so that it is said once.
+        lambda s: s.num_experts and "global_aux_loss" in s.balancing,
+        topk_too=True,
+    ),
+    Rule(
         "--moe-apply-probs-on-input",
         "refused",
         "--moe-apply-probs-on-input makes an expert return E(p x) instead of p E(x), from which no"
@@ -224,6 +236,19 @@ RULES: tuple[Rule, ...] = (
         topk_too=True,
     ),
     Rule(
+        "--init-model-with-meta-device without a checkpoint",
+        "refused",
+        "--init-model-with-meta-device leaves the weights of norms and routers at whatever the"
+        " memory holds until a checkpoint is loaded: drop it for a new run",
+        # Arguments only: a TransformerConfig does not know of a checkpoint.
+        lambda s: (
+            s.init_model_with_meta_device
+            and s.num_experts
+            and not (s.load or s.pretrained_checkpoint)
+        ),
+        topk_too=True,
+    ),
+    Rule(
         "--yaml-cfg",
         "refused",
         "--yaml-cfg bypasses Megatron's arguments: put the same flags into a file for --config",
@@ -287,13 +312,16 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check(source: Any, options: RouterGradientConfig, own_entry: bool = True) -> None:
+def check(
+    source: Any, options: RouterGradientConfig, own_entry: bool = True, warn: bool = True
+) -> None:
     """Refuse what does not work and warn of what may surprise.
 
     Args:
         source: Megatron's parsed arguments or a TransformerConfig.
         options: the package's options.
         own_entry: whether this package's own entry asks, or Megatron's (patched) script.
+        warn: whether to warn, which rank 0 does.
 
     Raises:
         UserError: the first refused situation, as one sentence.
@@ -308,8 +336,9 @@ def check(source: Any, options: RouterGradientConfig, own_entry: bool = True) ->
     for rule in found:
         if rule.verdict == "refused":
             raise UserError(rule.sentence)
-    for rule in found:
-        logger.warning(rule.sentence)
+    if warn and os.environ.get("RANK", "0") == "0":
+        for rule in found:
+            logger.warning(rule.sentence)
 
 
 def markdown() -> str:

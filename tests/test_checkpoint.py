@@ -11,6 +11,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -372,3 +373,139 @@ def test_another_model_is_refused_by_flag(
     setattr(args, name, 16)
     with pytest.raises(UserError, match=f"^{flag} is 16, .* with (8|32): give that value"):
         checkpoint.prepare_load(args, RouterGradientConfig())
+
+
+# What Megatron loads is not refused
+
+SIZES = ("--num-experts", 8, "--hidden-size", 32, "--lr", 1e-3, "--min-lr", 0)
+
+
+def resumes(
+    arguments: Arguments,
+    tmp_path: pathlib.Path,
+    saved: tuple[Any, ...],
+    now: tuple[Any, ...],
+    schedule: dict[str, Any] | None = None,
+) -> str:
+    """Save under some flags, load under others; return the refusal, or nothing."""
+    folder = save(tmp_path, WITH_VECTORS)
+    common: dict[str, Any] = {"args": arguments(*SIZES, *saved)}
+    if schedule:
+        common["opt_param_scheduler"] = schedule
+    torch.save(common, folder / "common.pt")
+    args = arguments(*SIZES, *now)
+    args.load = args.load or (None if args.pretrained_checkpoint else str(tmp_path))
+    args.start_weight_decay = args.end_weight_decay = 0.01  # as validate_args leaves them
+    try:
+        checkpoint.prepare_load(args, RouterGradientConfig())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def schedule_of(arguments: Arguments, *flags: Any) -> dict[str, Any]:
+    """What Megatron's own scheduler saves under these flags."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.training import global_vars
+    from megatron.training.training import get_optimizer_param_scheduler
+
+    class NoOptimizer:
+        param_groups: ClassVar[list[Any]] = []
+
+    args = arguments(*SIZES, *flags)
+    args.start_weight_decay = args.end_weight_decay = 0.01
+    before, global_vars._GLOBAL_ARGS = global_vars._GLOBAL_ARGS, args
+    try:
+        scheduler = get_optimizer_param_scheduler(NoOptimizer())
+    finally:
+        global_vars._GLOBAL_ARGS = before
+    assert isinstance(scheduler, OptimizerParamScheduler)
+    return scheduler.state_dict()
+
+
+ITERS = ("--train-iters", 100, "--global-batch-size", 8, "--lr-warmup-iters", 10)
+SAMPLES = ("--train-samples", 800, "--global-batch-size", 8, "--lr-warmup-samples", 80)
+
+
+@pytest.mark.parametrize("flags", [ITERS, SAMPLES, (*ITERS[:4], "--lr-warmup-fraction", 0.1)])
+def test_the_same_schedule_resumes(
+    arguments: Arguments, tmp_path: pathlib.Path, flags: tuple[Any, ...]
+) -> None:
+    assert not resumes(arguments, tmp_path, flags, flags, schedule_of(arguments, *flags))
+
+
+def test_another_batch_size_is_the_same_schedule_in_samples(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    now = tuple(16 if word == 8 else word for word in SAMPLES)
+    assert not resumes(arguments, tmp_path, SAMPLES, now, schedule_of(arguments, *SAMPLES))
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag", "way"),
+    [
+        (("--train-iters", 200), "--train-iters", "--override-opt_param-scheduler"),
+        (("--global-batch-size", 16), "The warm-up", "--override-opt_param-scheduler"),
+        (("--lr-warmup-iters", 20), "The warm-up", "--override-opt_param-scheduler"),
+        (("--lr-decay-style", "cosine"), "--lr-decay-style", "--override-opt_param-scheduler"),
+        (("--lr", 2e-3), "--lr", "--no-load-optim"),
+    ],
+)
+def test_another_schedule_is_refused(
+    arguments: Arguments, tmp_path: pathlib.Path, changed: tuple[Any, ...], flag: str, way: str
+) -> None:
+    saved = schedule_of(arguments, *ITERS)
+    message = resumes(arguments, tmp_path, ITERS, (*ITERS, *changed), saved)
+    assert message.startswith(f"{flag} ")
+    assert way in message
+
+
+def test_the_way_out_of_another_schedule_is_one(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    now = (*ITERS, "--train-iters", 200, "--override-opt_param-scheduler")
+    assert not resumes(arguments, tmp_path, ITERS, now, schedule_of(arguments, *ITERS))
+
+
+@pytest.mark.parametrize("how", ["--finetune", "--no-load-optim", "--skip-train", "pretrained"])
+def test_weights_alone_have_no_schedule(
+    arguments: Arguments, tmp_path: pathlib.Path, how: str
+) -> None:
+    flag = ("--pretrained-checkpoint", tmp_path) if how == "pretrained" else (how,)
+    saved = schedule_of(arguments, *ITERS)
+    now = (*ITERS, "--train-iters", 7, "--use-distributed-optimizer", *flag)
+    assert not resumes(arguments, tmp_path, ITERS, now, saved)
+
+
+def test_arguments_that_older_checkpoints_lack_are_not_compared(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    folder = save(tmp_path, WITH_VECTORS)
+    torch.save({"args": argparse.Namespace(num_layers=None)}, folder / "common.pt")
+    args = arguments("--load", tmp_path, *SIZES, "--use-distributed-optimizer")
+    checkpoint.prepare_load(args, RouterGradientConfig())
+
+
+def test_other_formats_of_torch_name_no_format(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    folder = save(tmp_path, WITH_VECTORS)
+    (folder / "metadata.json").unlink()
+    (folder / "common.pt").unlink()
+    args = arguments("--load", tmp_path, "--ckpt-format", "torch_dcp")
+    checkpoint.prepare_load(args, RouterGradientConfig(gradient="topk"))
+
+
+def test_a_newer_checkpoint_that_does_not_persist_is_the_one(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    save(tmp_path, PLAIN, 3)
+    save(tmp_path / "non_persistent", WITH_VECTORS, 7)
+    args = arguments("--load", tmp_path, "--non-persistent-ckpt-type", "global")
+    returned = checkpoint.prepare_load(args, RouterGradientConfig(from_baseline=True))
+    assert not returned.from_baseline, "the vectors would be lost"
+
+
+def test_object_storage_is_taken_at_the_users_word(arguments: Arguments) -> None:
+    options = RouterGradientConfig(from_baseline=True)
+    assert checkpoint.prepare_load(arguments("--load", "msc://bucket/run"), options) == options

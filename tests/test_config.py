@@ -1,6 +1,6 @@
 """The options and the command line flags generated from them.
 
-Contract: Megatron's real parser gains exactly the flags of design.md section 3, in one group of
+Contract: Megatron's real parser gains exactly these flags, in one group of
 its own, with a help text that names the default; what is not given takes the dataclass's default,
 ``--paper-default-moe`` changes that default, and an explicit flag wins over it on either side of
 it; values that cannot work end in a UserError that names the flag.

@@ -244,7 +244,7 @@ def test_accepted_experts_equal_those_the_loop_updates() -> None:
 def test_bias_corrected_of_a_constant_mean_is_that_mean(
     dtype: torch.dtype, num_updates: int, beta: float
 ) -> None:
-    """To the 1e-5 of design.md in float32, for every beta a user may choose."""
+    """To 1e-5 in float32, for every beta a user may choose."""
     mean_ED, mass_E = normal(3, 33, dtype=dtype), torch.tensor([1.0, 2.0, 0.5], dtype=dtype)
     vectors_ED = torch.zeros_like(mean_ED)
     for _ in range(num_updates):

@@ -19,7 +19,7 @@ from megatron_default_moe.config import add_router_gradient_args, options_from_a
 
 GOOD = (
     "--num-experts 8 --moe-router-topk 2 --moe-router-pre-softmax"
-    " --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type global_aux_loss"
+    " --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss"
 )
 TOP1 = GOOD.replace("topk 2", "topk 1")
 NOT_SOFTMAX = " --moe-router-score-function "
@@ -95,6 +95,13 @@ TRIGGERS = {
     ],
     "--transformer-impl inference_optimized": [f"{GOOD} --transformer-impl inference_optimized"],
     "--moe-use-upcycling": [f"{GOOD} --moe-use-upcycling"],
+    "--moe-router-load-balancing-type global_aux_loss": [
+        f"{GOOD} --moe-router-load-balancing-type global_aux_loss",
+        f"{GOOD} --moe-router-load-balancing-type aux_loss global_aux_loss",
+    ],
+    "--init-model-with-meta-device without a checkpoint": [
+        f"{GOOD} --init-model-with-meta-device",
+    ],
     "--yaml-cfg": [f"{GOOD} --yaml-cfg run.yaml"],
     "--hybrid-layer-pattern (hybrid models)": [f"{GOOD} --hybrid-layer-pattern M*M*"],
     "--heterogeneous-layers-config-path": [
@@ -150,6 +157,7 @@ HARMLESS = {
         f"{TE} --moe-expert-capacity-factor 1.25 --moe-pad-expert-input-to-capacity"
     ),
     "baseline": GOOD,
+    "meta device for a checkpoint": f"{GOOD} --init-model-with-meta-device --load somewhere",
     "top-1": TOP1,
     "TP with SP": f"{GOOD} --tensor-model-parallel-size 2 --sequence-parallel",
     "uniform weighting in BF16": f"{GOOD} --default-vector-weighting uniform --bf16",

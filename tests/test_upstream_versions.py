@@ -5,15 +5,15 @@ the layer computes its formula with it; no 0.19 has been released that is not li
 refused at import and at the entry, with the range. Needs the package index and uv or pip.
 """
 
-import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
 import pytest
 import upstream
 from test_upstream import expected_table, installed_table, run_python
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 pytestmark = pytest.mark.full
 
@@ -23,14 +23,14 @@ BEFORE = "0.18.2"
 
 def install(requirement: str, folder: pathlib.Path) -> None:
     """Put one wheel into a folder, without what it depends on."""
-    uv = shutil.which("uv") or os.environ.get("UV")
-    command = (
-        [uv, "pip", "install", "--quiet", "--python", sys.executable]
-        if uv
-        else [sys.executable, "-m", "pip", "install", "--quiet"]
+    # As tools/bootstrap.sh: uv, told of the package index that pip knows.
+    script = (
+        'eval "$(python3 tools/uv_env.py)"; PATH="$PATH:$PWD/.uv/packages/bin";'
+        ' uv pip install --quiet --python "$0" --no-deps --target "$1" "$2"'
     )
     done = subprocess.run(
-        [*command, "--no-deps", "--target", str(folder), requirement],
+        ["bash", "-c", script, sys.executable, str(folder), requirement],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=900,

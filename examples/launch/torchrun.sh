@@ -4,8 +4,8 @@
 #   examples/launch/torchrun.sh CONFIG.yaml [flags]
 #   NODES=4 HEAD=node1 examples/launch/torchrun.sh CONFIG.yaml [flags]
 #
-# Started again, it resumes from the last checkpoint in RUN_DIR. SIGUSR1 to it writes a checkpoint
-# after the current step and ends the run on all nodes.
+# Started again, it resumes from the last checkpoint in RUN_DIR. SIGUSR1 to its ranks, or
+# to the whole process group, writes a checkpoint after the current step and ends the run on all nodes.
 set -euo pipefail
 
 # --- All there is to edit; a variable of the same name in the environment wins --------------------
@@ -13,7 +13,7 @@ NODES=${NODES:-1}                                           # all of them must b
 HEAD=${HEAD:-}                                              # name of one node; only if NODES > 1
 PORT=${PORT:-29400}                                         # free on HEAD; only if NODES > 1
 PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}} # one per GPU
-RUN_DIR=${RUN_DIR:-runs/default-moe}                        # seen by all nodes; checkpoints and logs
+RUN_DIR=${RUN_DIR:-}                                        # seen by all nodes; empty: runs/NAME of the config
 RUN_ID=${RUN_ID:-default-moe}                               # the same on all nodes
 MAX_RESTARTS=${MAX_RESTARTS:-3}                             # after a rank failed
 WAIT_SECONDS=${WAIT_SECONDS:-1800}                          # for a lost node to come back
@@ -28,6 +28,7 @@ fail() {
 [ -r "$1" ] || fail "$1 cannot be read: the first argument is a YAML file of flags"
 config=$1
 shift
+[ -n "$RUN_DIR" ] || RUN_DIR=runs/$(basename "$config" .yaml)
 
 if [ "$NODES" -eq 1 ]; then
     rendezvous=(--standalone) # finds a free port itself

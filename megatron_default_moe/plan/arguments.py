@@ -179,7 +179,7 @@ def check(parsed: argparse.Namespace, card: Card, layout: Layout | None = None) 
         args.expert_model_parallel_size = layout.ep
     options = options_from_args(args)
     with quiet():
-        support.check(args, options)
+        support.check(args, options, warn=False)
     vocab = _vocabulary(args)
     _check_countable(args)
     try:

@@ -76,3 +76,25 @@ def test_nothing_is_overwritten(runs: dict[str, Any], folder: pathlib.Path) -> N
     done = calibrate(folder / "topk", folder / "topk")
     assert done.returncode != 0
     assert f"error: --save {folder / 'topk'} already holds checkpoints" in done.stdout
+
+
+@pytest.mark.full
+def test_a_finished_run_with_the_flags_of_a_large_one(folder: pathlib.Path) -> None:
+    """Pipeline stages, bf16, distributed optimizer, background saves; no batch left of its own."""
+    flags = [
+        *(*K2, "--pipeline-model-parallel-size", "2", "--bf16", "--use-distributed-optimizer"),
+        *("--save-interval", "8", "--async-save", "--use-persistent-ckpt-worker"),
+        *("--async-strategy", "mcore", "--eval-global-batch-size", "4"),
+    ]
+    topk, new = folder / "finished", folder / "finished-new"
+    train = ["-m", "megatron_default_moe.pretrain", *flags, "--moe-router-gradient", "topk"]
+    assert torchrun(2, [*train, "--save", str(topk)], timeout=300).returncode == 0
+    argv = [*flags, "--load", str(topk), "--save", str(new), "--calibration-batches", "2"]
+    done = torchrun(2, [TOOL, *argv], timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "> calibrated on 2 batches of 8 sequences, lm loss " in done.stdout
+    switched = [*flags, "--load", str(new), "--train-iters", "10", "--override-opt_param-scheduler"]
+    steps = steps_of(record(folder, 2, {"on": {"argv": switched}})["on"])
+    assert len(steps) == 2
+    for layer in steps[0]["layers"].values():
+        assert (layer["before"].norm(dim=-1) > 0).all()
