@@ -191,7 +191,7 @@ def test_the_distributed_optimizer_says_which_format_can_change_its_layout(
     [
         (["--num-experts", "8"], "--num-experts is 8"),
         (["--hidden-size", "64"], "--hidden-size is 64"),
-        (["--train-iters", "9"], "--train-iters is 9"),
+        (["--train-iters", "9"], "--train-iters makes lr_decay_steps of the schedule 72"),
     ],
 )
 def test_another_model_is_refused(saved: pathlib.Path, changed: list[str], flag: str) -> None:
