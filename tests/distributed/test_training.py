@@ -21,6 +21,8 @@ EP2 = [*TINY, "--expert-model-parallel-size", "2"]
 TP2 = [*TINY, "--tensor-model-parallel-size", "2", "--sequence-parallel"]
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 BALANCE = ["--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", "0.01"]
+SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules", "moe"]
+BEFORE_USE = ["--default-vector-order", "before-use"]
 HALF_WAY = 4
 
 
@@ -33,6 +35,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = {
         "ep2": EP2,
         "recomputed": [*EP2, *RECOMPUTE, "--recompute-num-layers", "1"],
+        "recomputed-moe": [*EP2, *SELECTIVE],
+        "before-use": [*EP2, *BEFORE_USE],
+        "before-use-recomputed": [*EP2, *BEFORE_USE, *RECOMPUTE, "--recompute-num-layers", "1"],
+        "before-use-recomputed-moe": [*EP2, *BEFORE_USE, *SELECTIVE],
         "uniform-k2": [*EP2, "--moe-router-topk", "2", "--default-vector-weighting", "uniform"],
         "capacity": [*EP2, "--moe-router-topk", "2", "--moe-expert-capacity-factor", "0.7"],
         "padded": [
@@ -62,7 +68,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             *(*EP2, "--moe-router-gradient", "topk", "--train-iters", "2"),
             *("--save", str(out / "baseline"), "--save-interval", "2"),
         ],
-        "refused-baseline": [*EP2, "--load", str(out / "baseline"), "--finetune"],
         "from-baseline": [
             *(*EP2, "--load", str(out / "baseline"), "--finetune"),
             "--default-vector-from-baseline",
@@ -80,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "bf16-second-half": [*bf16, "--load", str(out / "bf16")],
     }
     listed = {name: {"argv": argv, "stock": name == "stock"} for name, argv in cases.items()}
-    return {**record(out, 2, listed), "events": out / "tensorboard"}
+    return {**record(out, 2, listed), "events": out / "tensorboard", "saved": out / "baseline"}
 
 
 def losses(ranks: list[dict[str, Any]]) -> list[float]:
@@ -118,9 +123,18 @@ def test_topk_is_stock_megatron_to_the_bit(runs: dict[str, Any]) -> None:
             assert torch.equal(layer["router_weight"], ours["layers"][number]["router_weight"])
 
 
-def test_recomputation_changes_no_bit(runs: dict[str, Any]) -> None:
-    assert losses(runs["recomputed"]) == losses(runs["ep2"])
-    for one, other in zip(steps_of(runs["recomputed"]), steps_of(runs["ep2"]), strict=True):
+@pytest.mark.parametrize(
+    ("recomputed", "plain"),
+    [
+        ("recomputed", "ep2"),
+        ("recomputed-moe", "ep2"),
+        ("before-use-recomputed", "before-use"),
+        ("before-use-recomputed-moe", "before-use"),
+    ],
+)
+def test_recomputation_changes_no_bit(runs: dict[str, Any], recomputed: str, plain: str) -> None:
+    assert losses(runs[recomputed]) == losses(runs[plain])
+    for one, other in zip(steps_of(runs[recomputed]), steps_of(runs[plain]), strict=True):
         for number, layer in one["layers"].items():
             assert torch.equal(layer["vectors"], other["layers"][number]["vectors"])
             assert torch.equal(layer["router_grad"], other["layers"][number]["router_grad"])
@@ -176,9 +190,11 @@ def test_a_resumed_run_continues_to_the_bit(runs: dict[str, Any], whole: str, ha
 
 
 def test_a_plain_checkpoint_needs_the_flag_that_says_so(runs: dict[str, Any]) -> None:
-    refused = runs["refused-baseline"][0]
-    assert "--default-vector-from-baseline" in refused["status"]
-    assert not refused["steps"]
+    flags = [*EP2, "--load", str(runs["saved"]), "--finetune"]
+    refused = torchrun(2, ["-m", "megatron_default_moe.pretrain", *flags], timeout=300)
+    assert refused.returncode != 0
+    (line,) = (line for line in refused.stdout.splitlines() if line.startswith("error: "))
+    assert "--default-vector-from-baseline" in line
     assert len(losses(runs["from-baseline"])) == 8
     baseline, started = steps_of(runs["baseline"])[-1], steps_of(runs["from-baseline"])[0]
     assert started["loss"] < baseline["loss"], "the weights were not loaded"
