@@ -11,6 +11,7 @@ and have nothing to tell apart.
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -129,8 +130,6 @@ def _calibrate(args: Any, model_config: Any, batches: int) -> None:
 
 def _iterators(args: Any, model_config: Any, num_chunks: int) -> Any:
     """The training data, as ``pretrain`` builds it: one iterator a model chunk."""
-    import functools
-
     from megatron.training.training import build_train_valid_test_data_iterators
 
     from megatron_default_moe import gpt_data

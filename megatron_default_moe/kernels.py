@@ -182,6 +182,7 @@ class _DefaultTerm(torch.autograd.Function):
         softmax_scale: float | None,
         in_forward: bool,
     ) -> Tensor:
+        """Return the sum; arguments as in :func:`add_default_term`, contiguous."""
         ctx.save_for_backward(scores_TE, probs_TE, map_TE, vectors_ED)
         ctx.softmax_scale = softmax_scale
         if not in_forward:
@@ -201,6 +202,7 @@ class _DefaultTerm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_TD: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass the gradient on to the output, and through the term into the scores."""
         (grad_TD,) = grads_TD
         grad_TE = None
         if ctx.needs_input_grad[1]:

@@ -238,7 +238,10 @@ def _room_for_checkpoints() -> str:
     """The free space where checkpoints go: torch's writer does not name a full disk."""
     from megatron.training.global_vars import get_args
 
-    folder = get_args().save
+    try:
+        folder = get_args().save
+    except AssertionError:  # Megatron has not started yet.
+        return ""
     if not folder or not os.path.isdir(folder):
         return ""
     return f" ({shutil.disk_usage(folder).free / 1e9:,.3f} GB free in --save {folder})"

@@ -249,6 +249,13 @@ RULES: tuple[Rule, ...] = (
         topk_too=True,
     ),
     Rule(
+        "--spec other than megatron_default_moe default_moe_spec",
+        "refused",
+        "--spec names layers of its own, which would train without default vectors: drop it,"
+        f" {_TO_TOPK}; in a script of your own, wrap the spec with model.with_default_moe",
+        lambda s: s.spec and s.spec != ["megatron_default_moe", "default_moe_spec"],
+    ),
+    Rule(
         "--yaml-cfg",
         "refused",
         "--yaml-cfg bypasses Megatron's arguments: put the same flags into a file for --config",

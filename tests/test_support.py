@@ -102,6 +102,10 @@ TRIGGERS = {
     "--init-model-with-meta-device without a checkpoint": [
         f"{GOOD} --init-model-with-meta-device",
     ],
+    "--spec other than megatron_default_moe default_moe_spec": [
+        f"{GOOD} --spec my_layers my_spec",
+        f"{GOOD} --spec megatron_default_moe another_spec",
+    ],
     "--yaml-cfg": [f"{GOOD} --yaml-cfg run.yaml"],
     "--hybrid-layer-pattern (hybrid models)": [f"{GOOD} --hybrid-layer-pattern M*M*"],
     "--heterogeneous-layers-config-path": [
@@ -157,6 +161,7 @@ HARMLESS = {
         f"{TE} --moe-expert-capacity-factor 1.25 --moe-pad-expert-input-to-capacity"
     ),
     "baseline": GOOD,
+    "own spec": f"{GOOD} --spec megatron_default_moe default_moe_spec",
     "meta device for a checkpoint": f"{GOOD} --init-model-with-meta-device --load somewhere",
     "top-1": TOP1,
     "TP with SP": f"{GOOD} --tensor-model-parallel-size 2 --sequence-parallel",
