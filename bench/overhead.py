@@ -157,15 +157,15 @@ def build(size: str) -> tuple[Any, dict[str, Arm]]:
     from megatron_default_moe.config import options_from_args
     from megatron_default_moe.flags import expand_config
 
-    parser = pretrain._parser()
+    parser = pretrain.build_parser()
     argv = expand_config(parser, [*COMMON, *SIZES[size].split()])
     argv, _ = cpu_flags.apply(parser, argv)
-    args = pretrain._megatron_args(argv)
+    args = pretrain.megatron_args(argv)
     training.initialize_megatron()
     options = options_from_args(args)
     return args, {
         "topk": Arm(args, gpt_config_from_args(args)),
-        "default": Arm(args, pretrain._model_config(args, options)),
+        "default": Arm(args, pretrain.build_model_config(args, options)),
     }
 
 

@@ -45,7 +45,7 @@ def run(argv: list[str]) -> None:
         options, from_baseline=True, init="zeros", order="after-use", beta=0.0
     )
     options = entry.start(args, options)
-    _calibrate(args, pretrain._model_config(args, options), chosen.calibration_batches)
+    _calibrate(args, pretrain.build_model_config(args, options), chosen.calibration_batches)
 
 
 def _as_one_evaluation(args: Any) -> None:

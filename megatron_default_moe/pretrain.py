@@ -39,24 +39,25 @@ def _single_process_environment() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
-def _quiet_expected_warnings() -> None:
+def quiet_expected_warnings() -> None:
     """On the CPU, Megatron warns at import of every library that only a GPU could use."""
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer ?Engine|transformer-engine)")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Megatron's parser with this package's flags, whose errors are one sentence."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_default_moe.flags import OneSentenceParser
 
     parser = OneSentenceParser(prog="megatron_default_moe.pretrain", allow_abbrev=False)
-    return _add_args(add_megatron_arguments(parser))
+    return add_flags(add_megatron_arguments(parser))
 
 
-def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this package's flags and ``--config`` (an ``extra_args_provider`` of Megatron's)."""
     from megatron_default_moe.config import add_router_gradient_args
 
     add_router_gradient_args(parser)
@@ -66,27 +67,27 @@ def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _megatron_args(argv: list[str]) -> Any:
+def megatron_args(argv: list[str]) -> Any:
     """Let Megatron parse and validate, and say its refusals in one sentence."""
     from megatron.training.arguments import parse_and_validate_args
 
     sys.argv = [sys.argv[0], *argv]
     try:
         return parse_and_validate_args(
-            extra_args_provider=_add_args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+            extra_args_provider=add_flags, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
         )
     except (AssertionError, ValueError, OSError) as error:
-        raise UserError(f"Megatron refuses these arguments: {_reason(error)}") from error
+        raise UserError(f"Megatron refuses these arguments: {reason_of(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The message of an exception, or where an assertion without one stands."""
     message = " ".join(str(error).split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return message or f"the check '{frame.line}' ({os.path.basename(frame.filename)}) failed"
 
 
-def _model_config(args: Any, options: Any) -> Any:
+def build_model_config(args: Any, options: Any) -> Any:
     """Megatron's GPT model config with the options attached."""
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import core_transformer_config_from_args
@@ -102,7 +103,7 @@ def _model_config(args: Any, options: Any) -> Any:
     except UserError:
         raise
     except (AssertionError, ValueError) as error:
-        raise UserError(f"Megatron refuses these arguments: {_reason(error)}") from error
+        raise UserError(f"Megatron refuses these arguments: {reason_of(error)}") from error
 
 
 def prepare(argv: list[str]) -> tuple[Any, Any]:
@@ -120,7 +121,7 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
     _single_process_environment()
     on_cpu = cpu.needed()
     if on_cpu or _rank() != 0:
-        _quiet_expected_warnings()
+        quiet_expected_warnings()
     if on_cpu:
         cpu.install()
         _say("no CUDA device: running on the CPU (gloo)")
@@ -131,7 +132,7 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
     from megatron_default_moe.flags import expand_config
 
     patches.check_version()
-    parser = _parser()
+    parser = build_parser()
     argv = expand_config(parser, argv)
     if on_cpu:
         from megatron_default_moe import cpu_flags
@@ -142,7 +143,7 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
     options = options_from_args(parsed)
     support.check(parsed, options)
     _refuse_no_data(parsed)
-    return _megatron_args(argv), options
+    return megatron_args(argv), options
 
 
 def _refuse_no_data(args: Any) -> None:
@@ -168,7 +169,7 @@ def run(argv: list[str]) -> None:
     from megatron_default_moe import entry
 
     options = entry.start(args, options)
-    model_config = _model_config(args, options)
+    model_config = build_model_config(args, options)
     _say(f"router gradient: {options}")
     _pretrain(args, model_config)
 
@@ -192,7 +193,7 @@ def _pretrain(args: Any, model_config: Any) -> None:
             get_embedding_ranks=gpt_data.embedding_ranks(model_config.transformer),
         )
     except CheckpointingException as error:
-        raise UserError(f"Megatron refuses this checkpoint: {_reason(error)}") from error
+        raise UserError(f"Megatron refuses this checkpoint: {reason_of(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

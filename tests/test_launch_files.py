@@ -117,14 +117,14 @@ def test_the_manifest_fits_the_operators_webhook_and_itself(manifest):
 
 
 def test_the_flags_of_the_launchers_exist(manifest):
-    from megatron_default_moe.pretrain import _parser
+    from megatron_default_moe.pretrain import build_parser
 
     pod = manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     flags = [word for word in pod["containers"][0]["command"] if word.startswith("--")]
     composed = (LAUNCH / "torchrun.sh").read_text().split("-m megatron_default_moe.pretrain")[1]
     flags += re.findall(r"--[a-z-]+", composed.split('"$@"')[0])
     assert "--exit-signal" in flags
-    assert set(flags) <= set(_parser()._option_string_actions)
+    assert set(flags) <= set(build_parser()._option_string_actions)
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch", "kubernetes.yaml"])

@@ -15,7 +15,7 @@ def main() -> int:
     from megatron_default_moe import cpu
     from megatron_default_moe.errors import UserError
     from megatron_default_moe.plan.cards import CARDS
-    from megatron_default_moe.pretrain import _quiet_expected_warnings
+    from megatron_default_moe.pretrain import quiet_expected_warnings
 
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -29,7 +29,7 @@ def main() -> int:
     try:
         if args.gpus < 1:
             raise UserError(f"--gpus must be at least 1, not {args.gpus}")
-        _quiet_expected_warnings()
+        quiet_expected_warnings()
         cpu.install()
         from megatron_default_moe.plan import page, planner
 

@@ -146,11 +146,11 @@ def parse(argv: list[str], gpus: int) -> argparse.Namespace:
     from megatron_default_moe import pretrain
     from megatron_default_moe.flags import expand_config
 
-    parser = pretrain._parser()
+    parser = pretrain.build_parser()
     argv = expand_config(parser, argv)
     parser.parse_args(argv)
     with quiet(), _replaced(sys, "argv", ["plan", *argv]):
-        args = parse_args(pretrain._add_args)
+        args = parse_args(pretrain.add_flags)
     args.rank, args.world_size = 0, gpus
     return args
 
@@ -170,7 +170,7 @@ def check(parsed: argparse.Namespace, card: Card, layout: Layout | None = None) 
     from megatron.training.arguments import validate_args
 
     from megatron_default_moe import support
-    from megatron_default_moe.pretrain import _reason
+    from megatron_default_moe.pretrain import reason_of
 
     args = copy.deepcopy(parsed)
     if layout is not None:
@@ -186,7 +186,7 @@ def check(parsed: argparse.Namespace, card: Card, layout: Layout | None = None) 
         with quiet(), as_if_on(card):
             validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise LayoutError(f"Megatron refuses these arguments: {_reason(error)}") from error
+        raise LayoutError(f"Megatron refuses these arguments: {reason_of(error)}") from error
     layout = Layout(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
@@ -279,13 +279,13 @@ def model_config(run: CheckedRun, card: Card) -> Any:
     Raises:
         LayoutError: Megatron's TransformerConfig refuses a combination.
     """
-    from megatron_default_moe.pretrain import _model_config
+    from megatron_default_moe.pretrain import build_model_config
 
     # Which tokenizer it was does not matter any more, its size does.
     args = copy.deepcopy(run.args)
     args.padded_vocab_size = run.vocab
     try:
         with quiet(), as_if_on(card):
-            return _model_config(args, run.options)
+            return build_model_config(args, run.options)
     except UserError as error:
         raise LayoutError(str(error)) from error

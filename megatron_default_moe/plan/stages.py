@@ -171,9 +171,9 @@ def _build_and_send(run: CheckedRun, config: Any, rank: int, pipe: Connection) -
         with quiet():
             pipe.send(count_stage(run, config, rank))
     except (AssertionError, ValueError, RuntimeError) as error:
-        from megatron_default_moe.pretrain import _reason
+        from megatron_default_moe.pretrain import reason_of
 
-        pipe.send(_reason(error))
+        pipe.send(reason_of(error))
 
 
 def count_stage(run: CheckedRun, config: Any, rank: int) -> Counts:

@@ -164,7 +164,7 @@ def run(case: dict[str, Any], out: pathlib.Path) -> None:
             default_vectors.megatron_finalize_model_grads
         ),
         (moe_layer.DefaultMoELayer, "__init__"): moe_layer.DefaultMoELayer.__init__,
-        (pretrain, "_model_config"): pretrain._model_config,
+        (pretrain, "build_model_config"): pretrain.build_model_config,
     }
 
     def init(layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -178,7 +178,7 @@ def run(case: dict[str, Any], out: pathlib.Path) -> None:
     )
     recorder.router_grads = {}
     if case.get("stock"):
-        pretrain._model_config = _stock_model_config
+        pretrain.build_model_config = _stock_model_config
 
     def install_then_record() -> None:
         from megatron_default_moe import patches
