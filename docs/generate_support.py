@@ -25,9 +25,9 @@ by tests of the parts that run on a CPU, and **not measured on a GPU**: grouped 
 with any recipe, router padding (`--moe-router-padding-for-quantization`; the filler rows enter no
 sum), permute and router fusion, the operation fuser, shared-expert overlap,
 `--overlap-dispatch-backward-with-experts-wgrad`, recomputed and offloaded activations, CUDA graphs
-of attention and of dense layers. `--delay-wgrad-compute` needs
-`--overlap-moe-expert-parallel-comm`, which is refused. `tests/gpu/README.md` says how to check all
-this on a GPU.
+of attention, of dense layers and of the router with its preprocessing. `--delay-wgrad-compute`
+needs `--overlap-moe-expert-parallel-comm`, which is refused. `tests/gpu/README.md` says how to
+check all this on a GPU.
 
 """
 PATH = pathlib.Path(__file__).with_name("support.md")

@@ -14,7 +14,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 from megatron_default_moe import default_vectors, patches, support
 from megatron_default_moe.config import RouterGradientConfig
 from megatron_default_moe.errors import UserError
-from megatron_default_moe.moe_layer import DefaultMoELayer
+from megatron_default_moe.moe_layer import DefaultMoELayer, ObservedMoELayer
 from megatron_default_moe.router import ObservedTopKRouter
 from megatron_default_moe.router_choice import default_moe_router
 
@@ -97,7 +97,7 @@ def _is_moe_layer(module: Any) -> bool:
 
 
 def _layer_class(options: RouterGradientConfig) -> Any:
-    return DefaultMoELayer if options.uses_default_vectors else MoELayer
+    return DefaultMoELayer if options.uses_default_vectors else ObservedMoELayer
 
 
 def _with_router(submodules: Any, options: RouterGradientConfig) -> Any:

@@ -1,23 +1,35 @@
-"""The MoE layer: Megatron's, whose dispatcher and router know the default vectors."""
+"""The MoE layers: Megatron's, whose dispatcher and router know each other."""
 
 from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_default_moe.router import DefaultMoERouter
-from megatron_default_moe.token_dispatcher import give_default_vectors
+from megatron_default_moe.router import DefaultMoERouter, ObservedTopKRouter
+from megatron_default_moe.token_dispatcher import connect
 
 
-class DefaultMoELayer(MoELayer):
-    """Megatron's MoELayer with default vectors.
+class ObservedMoELayer(MoELayer):
+    """Megatron's MoELayer, bit for bit, whose router counts what was routed.
 
-    Its spec must name :class:`DefaultMoERouter` as the router (``default_moe_spec`` does). One
-    forward pass: the router routes and keeps the probabilities of the unused experts; dispatch;
-    the experts run; their rows are summed per expert; combine; the default term is added.
+    Its spec must name :class:`ObservedTopKRouter` as the router (``default_moe_spec`` does).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Build Megatron's layer, then connect its dispatcher with its router."""
         super().__init__(*args, **kwargs)
+        assert isinstance(self.router, ObservedTopKRouter), type(self.router)
+        connect(self.token_dispatcher, self.router)
+
+
+class DefaultMoELayer(ObservedMoELayer):
+    """Megatron's MoELayer with default vectors.
+
+    Its spec must name :class:`DefaultMoERouter` as the router. One forward pass: the router routes
+    and keeps its logits; dispatch; the experts run; their rows are summed per expert; combine; the
+    default term, of the experts a token did not use, is added.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Build the layer; the arguments are Megatron's."""
+        super().__init__(*args, **kwargs)
         assert isinstance(self.router, DefaultMoERouter), type(self.router)
-        give_default_vectors(self.token_dispatcher, self.router)

@@ -1,8 +1,9 @@
 """Routers: Megatron's TopKRouter that counts its load, and the one that owns default vectors.
 
-Both leave the routing itself to Megatron; they look at its result. ``DefaultMoERouter`` keeps the
-default vectors [E, D] on every rank, because every rank's tokens may need any of them, and takes
-from the router's logits what the layer needs of the experts a token did not use.
+Both leave the routing itself to Megatron and look at its result later, when the experts have run:
+what lies between may be replayed from a CUDA graph. ``DefaultMoERouter`` keeps the default vectors
+[E, D] on every rank, because every rank's tokens may need any of them, and takes from the router's
+logits what the layer needs of the experts a token did not use.
 """
 
 from typing import Any
@@ -26,6 +27,8 @@ class ObservedTopKRouter(TopKRouter):
 
     fp32_buffers: tuple[str, ...] = ("local_stats",)
     """Buffers that stay float32 in a bf16 or fp16 model."""
+    carried = ("routed_scores", "routed_probs", "routed_map")
+    """What a routing leaves for its layer: tensors, so that a CUDA graph can hand them on."""
 
     def __init__(
         self,
@@ -42,6 +45,12 @@ class ObservedTopKRouter(TopKRouter):
         self.collects_details = False
         # Set by calibrate.py: evaluation passes count, as one step without gradients.
         self.calibrating = False
+        # Between this router's forward and the end of its layer's, all [T, E]: the logits that were
+        # routed (with a normalised gate the probabilities of all experts), with their gradient;
+        self.routed_scores: Tensor | None = None
+        # what the experts' outputs are multiplied by, without it; and the chosen experts.
+        self.routed_probs: Tensor | None = None
+        self.routed_map: Tensor | None = None
         # The all-reduced sums of the running step, between gradient finalisation and commit.
         self.pending: StepSums | None = None
         # metrics.layer_metrics of the last step, if it was taken and is logged.
@@ -92,48 +101,63 @@ class ObservedTopKRouter(TopKRouter):
         return self.training and torch.is_grad_enabled()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route with Megatron's code, then look at the result (see ``TopKRouter.routing``)."""
-        probs, routing_map = super().routing(logits, padding_mask)
-        return self._look(logits.reshape(-1, self.num_experts), probs, routing_map), routing_map
+        """Route with Megatron's code and leave the result for the layer (``TopKRouter.routing``).
 
-    def _look(self, logits_TE: Tensor, probs_TE: Tensor, map_TE: Tensor) -> Tensor:
-        """Take what this pass needs of a routing; return the probabilities to go on with."""
+        Nothing else happens here: a CUDA graph may replay this method without running it.
+        """
+        probs_TE, map_TE = super().routing(logits, padding_mask)
+        scores_TE = logits.reshape(-1, self.num_experts)
+        if self.options.normalized_gate:
+            scores_TE = self.dense_probs(scores_TE)
+            active_TE = map_TE & (probs_TE != 0)
+            probs_TE = functional.replace_active_probs(probs_TE, active_TE, scores_TE)
+        self.routed_scores = scores_TE
+        self.routed_probs = probs_TE.detach()
+        self.routed_map = map_TE
+        return probs_TE, map_TE
+
+    def _active(self) -> Tensor:
+        """[T, E] bool: the experts that each token of the micro-batch uses."""
+        assert self.routed_map is not None
+        assert self.routed_probs is not None
         # A padding token of a filled-up expert is in the map with probability zero.
-        active_TE = map_TE & (probs_TE != 0)
-        dense_TE = None
-        if self._needs_dense_probs:
-            dense_TE = self.dense_probs(logits_TE)
-            if self.options.normalized_gate:
-                probs_TE = functional.replace_active_probs(probs_TE, active_TE, dense_TE)
-        self._on_routed(dense_TE, probs_TE, active_TE)
-        return probs_TE
+        return self.routed_map & (self.routed_probs != 0)
 
-    @property
-    def _needs_dense_probs(self) -> bool:
-        """Whether this pass needs the probabilities of all experts."""
-        return self.options.normalized_gate or (self.collects_details and self.counts_this_pass)
+    def _dense(self) -> Tensor:
+        """[T, E] the micro-batch's probabilities of all experts, see :meth:`dense_probs`."""
+        assert self.routed_scores is not None
+        if self.options.normalized_gate:
+            return self.routed_scores
+        return self.dense_probs(self.routed_scores)
 
-    def _on_routed(self, dense_TE: Tensor | None, probs_TE: Tensor, active_TE: Tensor) -> None:
+    def observe_experts(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> None:
         """Count what was routed, in passes that count.
 
-        Args:
-            dense_TE: [T, E] from :meth:`dense_probs`, if this pass needs it.
-            probs_TE: [T, E] what the experts' outputs are multiplied by.
-            active_TE: [T, E] bool, the experts each token uses.
+        Called when the experts have run; the arguments are :class:`DefaultMoERouter`'s business.
         """
-        if not self.counts_this_pass:
-            return
-        with torch.no_grad():
-            stats = StepSums.view(self.local_stats, self.num_experts, 0)
-            stats.counts.add_(active_TE.sum(0))
-            stats.totals[0] += active_TE.shape[0]
-            if self.collects_details:
-                assert dense_TE is not None
-                self._count_entropy(dense_TE)
+        if self.counts_this_pass:
+            self._count(self._active())
+
+    def add_default_term(self, output: Tensor) -> Tensor:
+        """Return the routed experts' combined output as it is: there are no default vectors."""
+        self._forget_routing()
+        return output
+
+    def _forget_routing(self) -> None:
+        for name in self.carried:
+            setattr(self, name, None)
 
     @torch.no_grad()
-    def _count_entropy(self, dense_TE: Tensor) -> None:
-        scores_TE = dense_TE.float()
+    def _count(self, active_TE: Tensor) -> None:
+        stats = StepSums.view(self.local_stats, self.num_experts, 0)
+        stats.counts.add_(active_TE.sum(0))
+        stats.totals[0] += active_TE.shape[0]
+        if self.collects_details:
+            self._count_entropy()
+
+    @torch.no_grad()
+    def _count_entropy(self) -> None:
+        scores_TE = self._dense().float()
         scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
         totals = StepSums.view(self.local_stats, self.num_experts, 0).totals
         totals[1] += torch.special.entr(scores_TE).sum()
@@ -215,11 +239,8 @@ class DefaultMoERouter(ObservedTopKRouter):
         self._new_buffer("rejected_updates", (1,), torch.int64, persistent=False)
         # Until the checkpoint without default vectors is loaded, they are not asked of it.
         self.awaits_baseline = self.options.from_baseline
-        # Between this router's forward and the end of its layer's: [T, E], or None if unused.
-        self.inactive_probs: Tensor | None = None
-        # Order before-use: this micro-batch's own denominators [E], for the experts' side.
-        self._micro_batch_mass: Tensor | None = None
-        # and the vectors it uses, from the experts' side to the end of its layer: [E, D].
+        # Order before-use: the vectors this micro-batch uses, from the experts' side to the end
+        # of its layer: [E, D].
         self._micro_batch_vectors: Tensor | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -257,22 +278,6 @@ class DefaultMoERouter(ObservedTopKRouter):
         return self.training or self.options.in_eval
 
     @property
-    def _needs_dense_probs(self) -> bool:
-        return self.uses_vectors or super()._needs_dense_probs
-
-    def _on_routed(self, dense_TE: Tensor | None, probs_TE: Tensor, active_TE: Tensor) -> None:
-        super()._on_routed(dense_TE, probs_TE, active_TE)
-        self.inactive_probs = None
-        if self.uses_vectors:
-            assert dense_TE is not None
-            self.inactive_probs = functional.inactive_probs(dense_TE, active_TE)
-        if self.counts_this_pass or self._mixes_micro_batch:
-            mass_E = functional.router_mass(probs_TE, active_TE, self.options.weighting).float()
-            if self.counts_this_pass:
-                StepSums.view(self.local_stats, self.num_experts, 0).mass.add_(mass_E)
-            self._micro_batch_mass = mass_E
-
-    @property
     def _mixes_micro_batch(self) -> bool:
         """Whether this pass blends its own outputs into the vectors it uses (before-use)."""
         return self.training and self.options.order == "before-use"
@@ -288,22 +293,26 @@ class DefaultMoERouter(ObservedTopKRouter):
         """
         if not (self.counts_this_pass or self._mixes_micro_batch):
             return
+        assert self.routed_probs is not None
+        weighting, active_TE = self.options.weighting, self._active()
+        mass_E = functional.router_mass(self.routed_probs, active_TE, weighting).float()
         sums_eD = functional.expert_sums(
-            rows.detach(), tokens_per_expert, probs.detach(), self.options.weighting
+            rows.detach(), tokens_per_expert, probs.detach(), weighting
         ).float()
         if self.counts_this_pass:
+            self._count(active_TE)
+            StepSums.view(self.local_stats, self.num_experts, 0).mass.add_(mass_E)
             self.local_sums.add_(sums_eD)
         if self._mixes_micro_batch:
-            self._mix_micro_batch(sums_eD)
+            self._mix_micro_batch(sums_eD, mass_E)
 
-    def _mix_micro_batch(self, sums_eD: Tensor) -> None:
+    def _mix_micro_batch(self, sums_eD: Tensor, own_mass_E: Tensor) -> None:
         """Order before-use: the vectors of this micro-batch, from all ranks of the stage."""
         flat = self.local_stats.new_zeros(self.num_experts * (self.vector_width + 1))
         sums_ED = flat[: -self.num_experts].view(self.num_experts, self.vector_width)
         mass_E = flat[-self.num_experts :]
         sums_ED[self.local_experts] = sums_eD
-        assert self._micro_batch_mass is not None
-        mass_E.copy_(self._micro_batch_mass)
+        mass_E.copy_(own_mass_E)
         torch.distributed.all_reduce(flat, group=self.tp_dp_cp_group)
         vectors_ED = functional.ema(self.default_vectors, sums_ED, mass_E, self.options.beta)
         updates_E = self.default_vector_updates + functional.accepted_experts(sums_ED, mass_E)
@@ -330,9 +339,10 @@ class DefaultMoERouter(ObservedTopKRouter):
         Returns:
             The same shape and dtype; the argument itself where no default vectors are used.
         """
-        inactive_TE, self.inactive_probs = self.inactive_probs, None
-        if inactive_TE is None:
-            return output
+        if self.routed_scores is None or not self.uses_vectors:
+            return super().add_default_term(output)
+        inactive_TE = functional.inactive_probs(self._dense(), self._active())
+        self._forget_routing()
         vectors_ED = self.vectors_in_use()
         flat_TD = output.reshape(-1, self.vector_width)
         if self.options.in_forward:

@@ -59,6 +59,21 @@ class Settings:
         """Names of the modules captured by CUDA graphs."""
         return [getattr(module, "name", str(module)) for module in self.cuda_graph_modules or []]
 
+    @property
+    def graphs_hide_routing(self) -> bool:
+        """Whether a replayed graph hides the routing from the rest of the layer.
+
+        Transformer Engine's graph of routing and preprocessing hands it on; no other does.
+        """
+        if self.cuda_graph_impl in (None, "none"):
+            return False
+        routing, modules = {"moe_router", "moe_preprocess"}, set(self.graph_modules)
+        # No module at all means the whole layer, or the whole step.
+        if not modules or modules - routing - {"attn", "mlp"}:
+            return True
+        shared = modules >= routing and self.cuda_graph_impl == "transformer_engine"
+        return bool(modules & routing) and not shared
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -209,15 +224,13 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.overlap_moe_expert_parallel_comm,
     ),
     Rule(
-        "--cuda-graph-impl with more than attn and mlp in --cuda-graph-modules",
+        "--cuda-graph-modules other than attn, mlp, and moe_router moe_preprocess together",
         "refused",
-        "--cuda-graph-impl works with --cuda-graph-modules attn mlp only: a replayed graph of the"
-        " router or of the MoE layer hands on neither the probabilities of the unused experts nor"
-        " the experts' outputs",
-        lambda s: (
-            s.cuda_graph_impl not in (None, "none")
-            and (not s.graph_modules or set(s.graph_modules) - {"attn", "mlp"})
-        ),
+        "--cuda-graph-modules takes attn and mlp and, with --cuda-graph-impl transformer_engine,"
+        " moe_router and moe_preprocess together: any other graph around the router hides from the"
+        " rest of the layer what was routed",
+        lambda s: s.graphs_hide_routing,
+        topk_too=True,
     ),
     Rule(
         "--transformer-impl inference_optimized",

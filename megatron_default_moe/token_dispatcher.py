@@ -1,4 +1,4 @@
-"""Megatron's three token dispatchers, with default vectors.
+"""Megatron's three token dispatchers, which show the router what passes by.
 
 A dispatcher is where the experts' rows and the layer's output pass by. Ours remember, between
 ``dispatch_postprocess`` and ``combine_preprocess``, which rows belong to which expert; hand the
@@ -16,13 +16,13 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
-from megatron_default_moe.router import DefaultMoERouter
+from megatron_default_moe.router import ObservedTopKRouter
 
 
 class _DefaultMoEDispatch:
     """The part that is common to the three dispatchers; mixed in before Megatron's class."""
 
-    router: DefaultMoERouter
+    router: ObservedTopKRouter
     _expert_rows: tuple[Tensor, Tensor] | None = None
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Any, ...]:
@@ -66,7 +66,7 @@ _WITH_DEFAULT_VECTORS: dict[type, type] = {
 }
 
 
-def give_default_vectors(dispatcher: MoETokenDispatcher, router: DefaultMoERouter) -> None:
+def connect(dispatcher: MoETokenDispatcher, router: ObservedTopKRouter) -> None:
     """Turn a dispatcher that Megatron built into ours, in place.
 
     MoELayer names its dispatcher classes itself, and by the time its constructor returns other
@@ -78,3 +78,9 @@ def give_default_vectors(dispatcher: MoETokenDispatcher, router: DefaultMoERoute
     """
     dispatcher.__class__ = _WITH_DEFAULT_VECTORS[type(dispatcher)]
     dispatcher.router = router
+    # Megatron's extension point for a CUDA graph of routing and preprocessing: the graph hands
+    # these on to the rest of the layer, gradients included.
+    dispatcher.cudagraph_attrs = [
+        *dispatcher.cudagraph_attrs,
+        *(f"router.{name}" for name in router.carried),
+    ]

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_default_moe import commit, reduce_step_sums
@@ -19,12 +20,10 @@ from megatron_default_moe.config import RouterGradientConfig
 from megatron_default_moe.model import attach, with_default_moe
 
 
-def build_layer(seed: int = 1, stock: bool = False, te: bool = False, **settings: Any) -> Any:
-    """Build one layer in training mode: local experts, or Transformer Engine's grouped ones.
-
-    Keywords that RouterGradientConfig has go there, all others into TransformerConfig. Weights
-    depend on the seed alone, so layers that differ in options share them.
-    """
+def _spec_and_config(
+    seed: int, stock: bool, te: bool, settings: dict[str, Any]
+) -> tuple[Any, TransformerConfig]:
+    """The spec of a transformer layer, with ours in it or not, and its config; seeds."""
     names = {field.name for field in dataclasses.fields(RouterGradientConfig)}
     options = RouterGradientConfig(**{k: v for k, v in settings.items() if k in names})
     config = TransformerConfig(
@@ -50,13 +49,31 @@ def build_layer(seed: int = 1, stock: bool = False, te: bool = False, **settings
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     layer_spec = get_gpt_layer_with_transformer_engine_spec if te else get_gpt_layer_local_spec
-    spec = layer_spec(config.num_moe_experts, moe_grouped_gemm=te).submodules.mlp
+    spec = layer_spec(config.num_moe_experts, moe_grouped_gemm=te)
     if not stock:
         attach(config, options)
         spec = with_default_moe(spec, options)
-    layer = spec(config=config)
+    return spec, config
+
+
+def build_layer(seed: int = 1, stock: bool = False, te: bool = False, **settings: Any) -> Any:
+    """Build one MoE layer in training mode: local experts, or Transformer Engine's grouped ones.
+
+    Keywords that RouterGradientConfig has go there, all others into TransformerConfig. Weights
+    depend on the seed alone, so layers that differ in options share them.
+    """
+    spec, config = _spec_and_config(seed, stock, te, settings)
+    layer = spec.submodules.mlp(config=config)
     layer.set_layer_number(1)
     return layer.train()
+
+
+def build_transformer_layer(seed: int = 1, **settings: Any) -> Any:
+    """Build a whole layer, attention included; arguments as in :func:`build_layer`."""
+    settings = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings}
+    settings = {"masked_softmax_fusion": False, "bias_dropout_fusion": False, **settings}
+    spec, config = _spec_and_config(seed, stock=False, te=False, settings=settings)
+    return build_module(spec, config=config, layer_number=1).train()
 
 
 def train_step(

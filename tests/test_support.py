@@ -84,13 +84,13 @@ TRIGGERS = {
         f"{GOOD} --overlap-moe-expert-parallel-comm",
         f"{GOOD} --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
     ],
-    "--cuda-graph-impl with more than attn and mlp in --cuda-graph-modules": [
+    "--cuda-graph-modules other than attn, mlp, and moe_router moe_preprocess together": [
         f"{GOOD} --cuda-graph-impl local",
         f"{GOOD} --cuda-graph-impl full_iteration",
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
-        f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules moe_router"
-        " moe_preprocess",
+        f"{GOOD} --cuda-graph-impl local --cuda-graph-modules moe_router moe_preprocess",
         f"{GOOD} --cuda-graph-impl local --cuda-graph-modules moe",
+        f"{GOOD} --moe-router-gradient topk --cuda-graph-impl full_iteration",
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules full",
     ],
     "--transformer-impl inference_optimized": [f"{GOOD} --transformer-impl inference_optimized"],
@@ -169,6 +169,10 @@ HARMLESS = {
     "router weighting in FP8": f"{GOOD} --fp8-format hybrid",
     "CUDA graphs of attention": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp"
+    ),
+    "CUDA graphs of attention and routing": (
+        f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router"
+        " moe_preprocess"
     ),
     "local without biases": f"{GOOD} --transformer-impl local --disable-bias-linear",
     "local with expert ranks": f"{GOOD} --transformer-impl local --expert-model-parallel-size 2",
@@ -260,9 +264,9 @@ def test_every_setting_behind_a_name_of_settings_exists(parser: argparse.Argumen
     known |= {field.name for field in dataclasses.fields(TransformerConfig)}
     properties = [item for item in vars(support.Settings).values() if isinstance(item, property)]
     read = {name for item in properties for name in item.fget.__code__.co_names}
-    builtins = {"isinstance", "str", "list", "getattr"}
-    assert len(properties) >= 5
-    assert read - builtins <= known
+    other = {"isinstance", "str", "list", "getattr", "set", "bool", "graph_modules"}
+    assert len(properties) >= 6
+    assert read - other <= known
 
 
 def test_markdown_has_a_row_per_rule() -> None:
@@ -405,7 +409,7 @@ CONFIGS = {
         "add_bias_linear": True,
     },
     "--default-vector-normalized-gate with the softmax gate": {"normalized_gate": True},
-    "--cuda-graph-impl with more than attn and mlp in --cuda-graph-modules": {
+    "--cuda-graph-modules other than attn, mlp, and moe_router moe_preprocess together": {
         "cuda_graph_impl": "transformer_engine",
         "cuda_graph_modules": ["attn", "moe_router"],
     },

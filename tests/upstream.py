@@ -44,9 +44,12 @@ RESULTS = ("megatron.training.training.train_step",)
 SOURCES = (
     "megatron.core.transformer.moe.moe_layer.MoELayer.routed_experts_compute",
     "megatron.core.transformer.moe.moe_layer.MoELayer.postprocess",
+    "megatron.core.transformer.moe.moe_utils.MoECudaGraphPartialCaptureSignal"
+    ".get_early_return_outputs",
     "megatron.core.transformer.moe.moe_utils.pad_routing_map",
     "megatron.core.transformer.moe.moe_utils.topk_routing_with_score_function",
     "megatron.core.transformer.moe.router.TopKRouter.routing",
+    "megatron.core.transformer.transformer_layer.TransformerLayer._te_cuda_graph_replay_impl",
     "megatron.training.models.gpt.GPTModelBuilder.build_model",
     "megatron.training.models.gpt.mtp_block_spec",
 )

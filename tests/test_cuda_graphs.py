@@ -1,0 +1,120 @@
+"""A replayed graph of routing and preprocessing: the router's Python is skipped, nothing is lost.
+
+Contract: with ``--cuda-graph-modules moe_router moe_preprocess`` outputs, gradients, committed
+vectors and logged metrics are those of the run without graphs, to the bit; capturing adds nothing
+to any sum.
+
+Without a GPU the graph itself is replaced, and nothing else: Megatron's own capture and replay
+code runs, and what stands for the graph is the capture pass of a twin layer, which shares every
+parameter and buffer with the layer and none of its Python state. So only tensors come back.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from building import build_transformer_layer
+from megatron.core.transformer import cuda_graphs
+from megatron.core.transformer.module import GraphableMegatronModule
+from torch import Tensor
+
+from megatron_default_moe import commit, reduce_step_sums
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+GRAPHS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"]}
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "uniform": {"weighting": "uniform"},
+    "before-use": {"order": "before-use"},
+    "backward-only": {"in_forward": False},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+    "normalised sigmoid": {"normalized_gate": True, "moe_router_score_function": "sigmoid"},
+    "balance loss": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1},
+    "shared experts": {"moe_shared_expert_intermediate_size": 8},
+    "topk": {"gradient": "topk"},
+    "topk, normalised": {
+        "gradient": "topk",
+        "normalized_gate": True,
+        "moe_router_score_function": "sigmoid",
+    },
+}
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    cuda_graphs._set_capture_start()
+    try:
+        yield
+    finally:
+        cuda_graphs._set_capture_end()
+
+
+def share_tensors(layer: Any, twin: Any) -> None:
+    for own, other in zip(layer.modules(), twin.modules(), strict=True):
+        other._parameters, other._buffers = own._parameters, own._buffers
+
+
+def graphed(**settings: Any) -> Any:
+    """A layer after Megatron's capture, its graph the capture pass of a twin."""
+    both = {**GRAPHS, "cuda_graph_modules": ["moe_router", "moe_preprocess"], **settings}
+    layer, twin = build_transformer_layer(**both), build_transformer_layer(**both)
+    share_tensors(layer, twin)
+
+    def replay(hidden_states: Tensor, is_first_microbatch: bool) -> Any:
+        with capturing():
+            return twin._te_cuda_graph_capture(hidden_states)
+
+    x = inputs(0)
+    with capturing():
+        outputs = layer(x, attention_mask=None)
+    sum(out.sum() for out in outputs if out.requires_grad).backward()
+    layer.zero_grad()
+    layer.cuda_graphs = [replay]
+    # The layer's own method looks for Transformer Engine; the one it extends does the same here.
+    layer._get_te_cuda_graph_replay_args = functools.partial(
+        GraphableMegatronModule._get_te_cuda_graph_replay_args, layer
+    )
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a replayed router runs no Python")
+
+    layer.mlp.router.forward = refuse
+    return layer
+
+
+def inputs(seed: int) -> Tensor:
+    """[6, 3, 12]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 3, 12, generator=generator, requires_grad=True)
+
+
+def trained(layer: Any, steps: int = 3) -> list[Tensor]:
+    """Outputs, input gradients, metrics and state of some steps of two micro-batches."""
+    seen = []
+    router = layer.mlp.router
+    for number in range(steps):
+        router.collects_details = number == steps - 1
+        for micro_batch in range(2):
+            x = inputs(10 * number + micro_batch)
+            y, _ = layer(x, attention_mask=None)
+            y.square().sum().backward()
+            seen += [y.detach(), x.grad]
+        reduce_step_sums(layer)
+        commit(layer, taken=True)
+    seen += [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+    return [*seen, router.step_metrics, *router.buffers()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_of_the_router_change_nothing(name: str) -> None:
+    settings = {"beta": 0.5, **CASES[name]}
+    expected = trained(build_transformer_layer(**settings))
+    layer = graphed(**settings)
+    assert not any(buffer.any() for name, buffer in layer.named_buffers() if "local" in name)
+    actual = trained(layer)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
