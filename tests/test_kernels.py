@@ -7,44 +7,29 @@ the paper's shapes, fits, and spills nothing; one function decides who uses them
 
 import importlib.util
 import os
-import pathlib
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from own_process import ROOT, run_tests
 
 from megatron_default_moe import RouterGradientConfig, router_choice
 from megatron_default_moe.router import DefaultMoERouter
 
-ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 
 
-def run_checks(interpreted: bool) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"TRITON_INTERPRET": "1" if interpreted else "0"}
-    # What this process is to pytest-xdist is none of that one's business.
-    environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
-    checks = str(ROOT / "tests/kernels_in_interpreter.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", checks]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
-
-
 def test_in_the_interpreter() -> None:
-    run_checks(interpreted=True)
+    run_tests("kernels_in_interpreter.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 def test_on_the_device() -> None:
-    run_checks(interpreted=False)
+    run_tests("kernels_in_interpreter.py", TRITON_INTERPRET="0")
 
 
 @pytest.mark.parametrize("capability", [90, 100], ids="sm_{}".format)
