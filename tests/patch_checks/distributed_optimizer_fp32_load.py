@@ -1,26 +1,17 @@
 """A distributed optimizer takes the state of an fp32 model back from a checkpoint."""
 
+import one_rank
 import torch
 
-from megatron_default_moe import cpu
-
 # Without the CPU runtime's own cure.
-METHOD = "_set_main_param_and_optimizer_states"
-cpu.REPLACEMENTS = tuple(row for row in cpu.REPLACEMENTS if not row.target.endswith(METHOD))
-cpu.install()
+one_rank.start(without=lambda row: row.target.endswith("_set_main_param_and_optimizer_states"))
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-store = torch.distributed.HashStore()
-torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-parallel_state.initialize_model_parallel()
-
 
 torch.manual_seed(1)
 config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)

@@ -3,25 +3,20 @@
 import copy
 from typing import Any
 
+import one_rank
 import torch
 
 from megatron_default_moe import cpu
 
 # Without the CPU runtime's own cure.
-cpu.REPLACEMENTS = tuple(row for row in cpu.REPLACEMENTS if row.reason != cpu._ADAM)
-cpu.install()
+one_rank.start(without=lambda row: row.reason == cpu._ADAM)
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-store = torch.distributed.HashStore()
-torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-parallel_state.initialize_model_parallel()
 
 
 class Model(torch.nn.Module):

@@ -1,20 +1,15 @@
 """Tokens under a padding mask are left out of the counts that move the expert bias."""
 
+import one_rank
 import torch
 
-from megatron_default_moe import cpu
+one_rank.start()
 
-cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-store = torch.distributed.HashStore()
-torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-parallel_state.initialize_model_parallel()
 config = TransformerConfig(
     num_layers=1,
     hidden_size=12,

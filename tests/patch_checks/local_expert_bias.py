@@ -1,19 +1,14 @@
 """A local MoE layer with biases trains on one expert rank, with the gradient of the formula."""
 
+import one_rank
 import torch
 
-from megatron_default_moe import cpu
+one_rank.start()
 
-cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-store = torch.distributed.HashStore()
-torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-parallel_state.initialize_model_parallel()
 config = TransformerConfig(
     num_layers=1,
     hidden_size=12,
