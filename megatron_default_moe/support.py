@@ -56,8 +56,9 @@ class Settings:
 
     @property
     def graph_modules(self) -> list[str]:
-        """Names of the modules captured by CUDA graphs."""
-        return [getattr(module, "name", str(module)) for module in self.cuda_graph_modules or []]
+        """Names of the modules captured by CUDA graphs, by either name of the flag."""
+        modules = self.cuda_graph_modules or self.cuda_graph_scope_deprecated or []
+        return [getattr(module, "name", str(module)) for module in modules]
 
     @property
     def graphs_hide_routing(self) -> bool:

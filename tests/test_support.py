@@ -170,6 +170,9 @@ HARMLESS = {
     "CUDA graphs of attention": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp"
     ),
+    "CUDA graphs by the flag's old name": (
+        f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-scope attn"
+    ),
     "CUDA graphs of attention and routing": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router"
         " moe_preprocess"
