@@ -29,8 +29,19 @@ def run(argv: list[str]) -> None:
     Raises:
         UserError: a mistake in the flags or files.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--calibration-batches", type=int, default=50)
+    own = argparse.ArgumentParser(
+        usage="calibrate.py FLAGS --load TOPK --save NEW [--calibration-batches 50]",
+        description="Give the TopK checkpoint TOPK default vectors and save it as NEW.",
+        epilog="FLAGS are those of the training run: python -m megatron_default_moe.pretrain --help"
+        " shows them.",
+        allow_abbrev=False,
+    )
+    own.add_argument(
+        "--calibration-batches",
+        type=int,
+        default=50,
+        help="global batches of training data to run forward (50)",
+    )
     chosen, argv = own.parse_known_args(argv)
     if chosen.calibration_batches < 1:
         raise UserError("--calibration-batches must be at least 1 (50 by default)")
