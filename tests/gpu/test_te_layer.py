@@ -22,7 +22,10 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(params=PARAMS)
-def one(request: pytest.FixtureRequest) -> Implementation:
+def one(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Implementation:
+    record_property("implementation", request.param.name)
     skip_unless_available(request.param)
     return request.param
 
