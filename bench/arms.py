@@ -101,7 +101,9 @@ def forward(data_iterator: Any, model: Any) -> Any:
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
     def loss(output: Any) -> Any:
-        return output.float().sum(), torch.tensor(output.numel(), dtype=torch.int), {}
+        # Filled on the device: a copy from the host would wait for it.
+        count = torch.full((), output.numel(), dtype=torch.int, device=output.device)
+        return output.float().sum(), count, {}
 
     return model(tokens, positions, None, labels=tokens.roll(-1, 1)), loss
 

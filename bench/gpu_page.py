@@ -79,16 +79,24 @@ def lines(results: Iterable[Result], measured: str = "", parts: Sequence[str] = 
     page = [TEXT, "", measured or "Nothing here has been measured yet.", ""]
     page += ["| what | result | largest relative error of its tolerance | command |"]
     page += ["|---|---|---|---|", *rows]
-    failed = [r for r in by_test.values() if r["outcome"] == "failed"]
+    failed: dict[str, list[str]] = {}
+    for test, result in by_test.items():
+        if result["outcome"] == "failed":
+            failed.setdefault(cell(result["reason"]), []).append(test)
     skipped = Counter(r["reason"] for r in by_test.values() if r["outcome"] == "skipped")
     for title, bullets in {
-        "Failed": [f"`{r['test']}`: {cell(r['reason'])}" for r in failed],
+        "Failed": [_failure(reason, tests) for reason, tests in failed.items()],
         "Not measured, and why": [f"{n} tests: {cell(why)}" for why, n in skipped.most_common()],
         "Programs": parts,
     }.items():
         if bullets:
             page += ["", f"## {title}", "", *(f"- {bullet}" for bullet in bullets)]
     return page
+
+
+def _failure(reason: str, tests: Sequence[str]) -> str:
+    more = f" and {len(tests) - 1} more" if tests[1:] else ""
+    return f"`{tests[0]}`{more}: {reason}"
 
 
 def _row(row: Row, results: Sequence[Result]) -> str:

@@ -73,6 +73,7 @@ def test_a_page_with_results() -> None:
             result(f"{training}[full-recompute]", "passed", [[float("nan"), 1e-3], [9.0, 1e-3]]),
             result(f"{training}[fused-permute-and-router]", "passed", [[0.0, 0.0]]),
             result(f"{training}[fused-permute-and-router]", "failed", reason="at its end"),
+            result(f"{training}[fp8-delayed]", "failed", reason="at its end"),
         ],
         "`make gpu`. A GPU.",
         ["bench/step.py: ended well"],
@@ -87,6 +88,7 @@ def test_a_page_with_results() -> None:
     assert row(page, "fused permutation and routing in training")[0] == "1 failed"
     text = "\n".join(page)
     assert f"## Failed\n\n- `{layer}[b]`: AssertionError: a / b\n- `{training}[fused" in text
+    assert "[fused-permute-and-router]` and 1 more: at its end\n" in text
     assert "## Not measured, and why\n\n- 2 tests: no FP8\n" in text
     assert text.endswith("## Programs\n\n- bench/step.py: ended well")
 
