@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-full test-launch lint bench lock clean
+.PHONY: help venv quickstart test test-full test-launch lint bench gpu lock clean
 
 PYTHON_VENV := .venv/bin/python
 STAMP := .venv/.installed
@@ -45,6 +45,9 @@ lint: $(STAMP) ## ruff (lint and format), mypy, shellcheck, hadolint
 
 bench: $(STAMP) ## measure the overhead against TopK and write docs/results/
 	$(PYTHON_VENV) bench/overhead.py
+
+gpu: ## on a machine with a GPU, test and measure everything there (PYTHON= MINUTES= OUT=DIR)
+	$(or $(PYTHON),python3) bench/gpu.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out "$(OUT)")
 
 lock: ## resolve requirements/*.in anew into requirements/*.txt
 	@tools/bootstrap.sh lock

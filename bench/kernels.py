@@ -1,26 +1,32 @@
 """The fused kernels against the memory's bandwidth, and a whole MoE layer against TopK, on a GPU.
 
-    PYTHONPATH=. .venv/bin/python bench/kernels.py            measure; needs a CUDA device
-    PYTHONPATH=. .venv/bin/python bench/kernels.py --bytes    bytes moved at every shape; needs none
+    PYTHONPATH=. python bench/kernels.py            measure; needs a CUDA device
+    PYTHONPATH=. python bench/kernels.py --bytes    bytes moved at every shape; needs none
 
 A kernel's floor is the bytes it has to move over the bandwidth of a copy measured in the same run
 (L2 cache flushed before every launch); its fraction is floor over median time. A layer (bf16,
 forward and backward, one rank) is timed for TopK and Default in alternating blocks in the same
 process: the median ratio of neighbouring blocks, with quartiles. The results go to
-docs/results/gpu_kernels.md.
+docs/results/gpu_kernels.md (``--out`` names another folder), shape by shape.
 """
 
 import argparse
+import math
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import pairs
 import torch
 
-RESULTS = pathlib.Path(__file__).resolve().parent.parent / "docs/results/gpu_kernels.md"
+PAGE = "gpu_kernels.md"
 NEEDS_DEVICE = "bench/kernels.py needs a CUDA device, and there is none (--bytes needs none)"
+
+
+FAILED = "failed"
 
 
 class Shape(NamedTuple):
@@ -108,17 +114,15 @@ def median_ms(call: Callable[[], Any]) -> float:
     return float(do_bench(call, warmup=100, rep=500, return_mode="median"))
 
 
-def kernel_rows(shape: Shape, bandwidth: float) -> list[str]:
+def kernel_rows(shape: Shape, bandwidth: float) -> Iterator[str]:
     """Rows of the table of kernels."""
-    rows = []
     moved = bytes_moved(shape)
     for name, call in kernel_calls(shape).items():
         floor, taken = 1e6 * moved[name] / bandwidth, 1e3 * median_ms(call)
-        rows.append(
+        yield (
             f"| {shape.name} | {name} | {moved[name] / 1e6:.1f} | {floor:.1f} | {taken:.1f} |"
             f" {floor / taken:.2f} |"
         )
-    return rows
 
 
 def build_layer(shape: Shape, gradient: str) -> Any:
@@ -170,7 +174,7 @@ def layer_step(layer: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
         parameter.grad = None
 
 
-def layer_row(shape: Shape, blocks: int, steps: int) -> str:
+def layer_rows(shape: Shape, blocks: int, steps: int, until: float) -> Iterator[str]:
     """Row of the table of layers."""
     layers = {name: build_layer(shape, name) for name in ("topk", "default")}
     x = torch.randn(shape.tokens, 1, shape.width, device="cuda").bfloat16().requires_grad_()
@@ -185,21 +189,15 @@ def layer_row(shape: Shape, blocks: int, steps: int) -> str:
         end.synchronize()
         return float(start.elapsed_time(end)) / steps
 
-    times: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(2):
         for name in layers:
             block(name)
-    for number in range(blocks):
-        # The arm that goes first alternates, too.
-        for name in list(layers)[:: 1 if number % 2 else -1]:
-            times[name].append(block(name))
-    ratios = [d / t for d, t in zip(times["default"], times["topk"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    times = pairs.alternate(list(layers), block, rounds=blocks, until=until)
     topk, default = (statistics.median(times[name]) for name in ("topk", "default"))
     router = type(layers["default"].router).__name__
-    return (
-        f"| {shape.name} | {topk:.3f} | {default:.3f} | {middle:.4f} | {low:.4f} to {high:.4f} |"
-        f" {router} |"
+    yield (
+        f"| {shape.name} | {topk:.3f} | {default:.3f} |"
+        f" {pairs.ratio(times['default'], times['topk'])} | {len(times['topk'])} | {router} |"
     )
 
 
@@ -228,11 +226,18 @@ def bytes_table() -> list[str]:
     return rows
 
 
-def measure(blocks: int, steps: int) -> None:
-    """Measure everything, print it, write it down."""
-    import megatron.core
-    import triton
+def or_failure(shape: Shape, rows: Iterator[str]) -> Iterator[str]:
+    """The rows up to a failure, which becomes a row: it costs no other number."""
+    try:
+        yield from rows
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].replace("|", "/")
+        yield f"| {shape.name} | {FAILED}: {reason} |"
 
+
+def measure(blocks: int, steps: int, seconds: float, out: pathlib.Path) -> bool:
+    """Measure everything, print it, write it down; whether all went well."""
+    begun = time.monotonic()
     start_one_rank()
     bandwidth = copy_bandwidth()
     kernels = [
@@ -240,30 +245,30 @@ def measure(blocks: int, steps: int) -> None:
         "|---|---|---|---|---|---|",
     ]
     layers = [
-        "| shape | TopK layer, ms | Default layer, ms | ratio, median | quartiles | router |",
-        "|---|---|---|---|---|---|",
+        "| shape | TopK layer, ms | Default layer, ms | ratio, median | quartiles | pairs |"
+        " router |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for shape in SHAPES:
-        kernels += kernel_rows(shape, bandwidth)
-        layers.append(layer_row(shape, blocks, steps))
+    for number, shape in enumerate(SHAPES, start=1):
+        until = begun + seconds * number / len(SHAPES)
+        kernels += or_failure(shape, kernel_rows(shape, bandwidth))
+        layers += or_failure(shape, layer_rows(shape, blocks, steps, until))
         torch.cuda.empty_cache()
-        print("\n".join([*kernels[-3:], layers[-1]]), flush=True)
-    text = [
-        "# The fused kernels and a whole MoE layer on a GPU",
-        "",
-        f"Command: `PYTHONPATH=. .venv/bin/python bench/kernels.py` ({blocks} pairs of blocks of"
-        f" {steps} forward and backward passes). {torch.cuda.get_device_name()}, torch"
-        f" {torch.__version__}, Triton {triton.__version__}, megatron-core"
-        f" {megatron.core.__version__}. bf16, one rank, {SHAPES[0].tokens} tokens. A copy moves"
-        f" {bandwidth / 1e12:.2f} TB/s in the same run.",
-        "",
-        *kernels,
-        "",
-        *layers,
-        "",
-    ]
-    RESULTS.write_text("\n".join(text))
-    print(f"written to {RESULTS.name}")
+        print(f"{kernels[-1]}\n{layers[-1]}", flush=True)
+        text = [
+            "# The fused kernels and a whole MoE layer on a GPU",
+            "",
+            f"Command: `PYTHONPATH=. python bench/kernels.py` (at most {blocks} pairs of blocks of"
+            f" {steps} forward and backward passes). {pairs.versions()} bf16, one rank,"
+            f" {SHAPES[0].tokens} tokens. A copy moves {bandwidth / 1e12:.2f} TB/s in this run.",
+            "",
+            *kernels,
+            "",
+            *layers,
+        ]
+        pairs.write(out / PAGE, text)
+    print(f"written to {PAGE}")
+    return not any(FAILED in row for row in (*kernels, *layers))
 
 
 def main() -> None:
@@ -272,14 +277,18 @@ def main() -> None:
     parser.add_argument("--bytes", action="store_true", help="only print the bytes moved")
     parser.add_argument("--blocks", type=int, default=30, help="pairs of blocks (30)")
     parser.add_argument("--steps", type=int, default=20, help="passes a block (20)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no pair of blocks after these"
+    )
+    pairs.add_out(parser)
     given = parser.parse_args()
     if given.bytes:
         print("\n".join(bytes_table()))
     elif not torch.cuda.is_available():
         print(NEEDS_DEVICE, file=sys.stderr)
         sys.exit(2)
-    else:
-        measure(given.blocks, given.steps)
+    elif not measure(given.blocks, given.steps, given.seconds, given.out):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

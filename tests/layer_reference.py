@@ -54,10 +54,15 @@ def reference(layer: Any, x: Tensor, vectors_ED: Tensor) -> dict[str, Tensor]:
     }
 
 
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Of the whole tensor, in the Euclidean norm; NaN if nothing was expected."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return float((actual - expected).norm() / expected.norm())
+
+
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    actual, expected = actual.double().cpu(), expected.double().cpu()
-    error = (actual - expected).norm() / expected.norm()
-    assert error <= tolerance, f"relative error {float(error):.2e}"
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 def record_routing(layer: Any) -> list[tuple[Tensor, Tensor, Tensor]]:

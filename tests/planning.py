@@ -5,6 +5,8 @@ tests; so the tests run these functions in one process that was started afresh.
 """
 
 import dataclasses
+import pathlib
+import sys
 from typing import Any
 
 from megatron_default_moe import cpu
@@ -51,6 +53,16 @@ def plan(argv: list[str], gpus: int, card: str) -> Planned:
         traffic={one.name: one.bytes for one in made.cost.traffic},
         text=page.text(made),
     )
+
+
+def step_bench(name: str) -> tuple[Memory, float]:
+    """One way of training a model of bench/step.py, with TE: its memory, and that of the GPU."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "bench"))
+    import step
+
+    (shape,) = (shape for shape in step.SHAPES if shape.name == name)
+    made = planner.make(step.command_line(shape, te=True), 1, CARDS["h100"])
+    return made.memory[0], made.card.memory
 
 
 def nearer_layouts_that_work(argv: list[str], gpus: int, card: str, found: Layout) -> list[Layout]:

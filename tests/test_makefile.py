@@ -132,5 +132,5 @@ def test_make_alone_lists_the_rules():
     done = subprocess.run(
         ["make", "-C", str(ROOT)], env=env, capture_output=True, text=True, timeout=60, check=True
     )
-    for rule in ("quickstart", "test", "lint", "bench", "lock", "clean"):
+    for rule in ("quickstart", "test", "lint", "bench", "gpu", "lock", "clean"):
         assert f"make {rule} " in done.stdout

@@ -20,6 +20,7 @@ import pytest
 
 from megatron_default_moe import UserError
 from megatron_default_moe.plan.arguments import Layout
+from megatron_default_moe.plan.memory import RESERVED
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.yaml"))
@@ -404,3 +405,11 @@ def test_the_plan_in_the_documentation_is_what_is_printed(plan: Call) -> None:
     with pytest.raises(UserError) as refused:
         plan("7.33b-8c1", "--pipeline-model-parallel-size 7", 64)
     assert f"error: {refused.value}\n" in text
+
+
+@pytest.mark.parametrize("name", ["1.96B 8c1", "1.96B 32c4", "7.33B 8c1", "DeepSeek-like"])
+def test_the_step_bench_fits_one_gpu(call: Call, name: str) -> None:
+    """Three ways of training beside each other, of which one at a time has activations."""
+    memory, room = call(planning.step_bench, name)
+    assert memory.vectors > 0
+    assert 3 * memory.total - 2 * (memory.activations + RESERVED) < 0.9 * room

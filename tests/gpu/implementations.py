@@ -13,7 +13,12 @@ import pytest
 import torch
 from building import build_layer
 
-from megatron_default_moe import commit, reduce_step_sums
+from megatron_default_moe import (
+    RouterGradientConfig,
+    commit,
+    reduce_step_sums,
+    router_choice,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,8 @@ class Implementation:
     te: bool = False
     dtype: torch.dtype = torch.bfloat16
     fp8_recipe: str | None = None
+    kernels: bool = False
+    """This package's Triton kernels."""
     tolerance: float
     """Relative error (in the Euclidean norm) of outputs and committed vectors."""
     gradient_tolerance: float
@@ -39,27 +46,35 @@ class Implementation:
 # FP8 E4M3 rounds to 2^-4 at worst and about 2.6 % in the mean square, once for each operand of two
 # products; E5M2, of which hybrid's backward is made, to twice that. Blocks of their own scales
 # (blockwise, mxfp8) lose less to the range. Chosen from the formats, not measured.
+FP8_TOLERANCE = {"delayed": 0.15, "tensorwise": 0.12, "blockwise": 0.1, "mxfp8": 0.1}
+
+
+def _bf16(**kind: Any) -> Implementation:
+    return Implementation(**kind, tolerance=2e-2, gradient_tolerance=2e-2)
+
+
+def _fp8(name: str, recipe: str, kernels: bool = False) -> Implementation:
+    tolerance = FP8_TOLERANCE[recipe]
+    return Implementation(
+        name=name,
+        te=True,
+        fp8_recipe=recipe,
+        kernels=kernels,
+        tolerance=tolerance,
+        gradient_tolerance=2 * tolerance,
+    )
+
+
 IMPLEMENTATIONS = (
     Implementation(
         name="cpu-local-fp32", dtype=torch.float32, tolerance=1e-5, gradient_tolerance=1e-5
     ),
-    Implementation(name="cpu-local-bf16", tolerance=2e-2, gradient_tolerance=2e-2),
-    Implementation(name="cuda-te-bf16", te=True, tolerance=2e-2, gradient_tolerance=2e-2),
-    *(
-        Implementation(
-            name=f"cuda-te-fp8-{recipe}",
-            te=True,
-            fp8_recipe=recipe,
-            tolerance=tolerance,
-            gradient_tolerance=2 * tolerance,
-        )
-        for recipe, tolerance in {
-            "delayed": 0.15,
-            "tensorwise": 0.12,
-            "blockwise": 0.1,
-            "mxfp8": 0.1,
-        }.items()
-    ),
+    _bf16(name="cpu-local-bf16"),
+    _bf16(name="cuda-te-bf16", te=True),
+    # The kernels round once where PyTorch's operators round twice: the same tolerances.
+    _bf16(name="cuda-te-bf16-kernels", te=True, kernels=True),
+    *(_fp8(f"cuda-te-fp8-{recipe}", recipe) for recipe in FP8_TOLERANCE),
+    _fp8("cuda-te-fp8-delayed-kernels", "delayed", kernels=True),
 )
 
 PARAMS = [
@@ -74,6 +89,8 @@ def skip_unless_available(one: Implementation) -> None:
     if not one.te:
         return
     pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    if one.kernels:
+        skip_without_kernels()
     if one.fp8_recipe is None:
         return
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as Formats
@@ -84,6 +101,12 @@ def skip_unless_available(one: Implementation) -> None:
     }.get(one.fp8_recipe, Formats.is_fp8_available)()
     if not available:
         pytest.skip(f"this device has no FP8 of recipe {one.fp8_recipe}: {reason}")
+
+
+def skip_without_kernels() -> None:
+    """Skip where ``--default-vector-kernels`` would change nothing."""
+    if not router_choice.uses_kernels(RouterGradientConfig(kernels=True)):
+        pytest.skip("the kernels need compute capability 9 or 10, and Triton")
 
 
 def build(one: Implementation, **settings: Any) -> Any:
@@ -102,10 +125,12 @@ def build(one: Implementation, **settings: Any) -> Any:
             "bf16": one.dtype == torch.bfloat16,
             # Large enough that a wrong vector shows in the output.
             "init_method_std": 0.1,
+            "kernels": one.kernels,
             **quantised,
             **settings,
         },
     )
+    assert type(layer.router).__name__.startswith("Fused") == one.kernels
     return layer.to(device=one.device, dtype=one.dtype)
 
 

@@ -6,21 +6,26 @@ enter no sum, whatever they hold; constant experts make an exact dense mixture; 
 every bit of the vectors back; recomputation counts every token once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from implementations import PARAMS, Implementation, build, skip_unless_available, step, tokens
-from layer_reference import close, expert_outputs, reference
+from layer_reference import expert_outputs, reference
 from torch import Tensor
 
 from megatron_default_moe import naive
 
+Close = Callable[[Tensor, Tensor, float], None]
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(params=PARAMS)
-def one(request: pytest.FixtureRequest) -> Implementation:
+def one(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Implementation:
+    record_property("implementation", request.param.name)
     skip_unless_available(request.param)
     return request.param
 
@@ -47,7 +52,7 @@ def record(layer: Any) -> list[Any]:
 
 @pytest.mark.parametrize("topk", [1, 2], ids="k{}".format)
 def test_output_and_router_gradient_are_those_of_the_formula(
-    one: Implementation, topk: int
+    one: Implementation, topk: int, close: Close
 ) -> None:
     layer = build(one, moe_router_topk=topk, beta=0.5)
     step(layer, tokens(one, 1))
@@ -87,7 +92,9 @@ TE_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, *TE_OPTIONS])
-def test_committed_vectors_are_the_mean_outputs(one: Implementation, name: str) -> None:
+def test_committed_vectors_are_the_mean_outputs(
+    one: Implementation, name: str, close: Close
+) -> None:
     if name in TE_OPTIONS and not one.te:
         pytest.skip("an option of Transformer Engine")
     if name == "uniform" and one.fp8_recipe:
@@ -121,7 +128,9 @@ def build_with_router_padding(one: Implementation, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("weighting", ["router", "uniform"])
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "permute-fusion"])
-def test_router_padding_enters_no_sum(one: Implementation, fused: bool, weighting: str) -> None:
+def test_router_padding_enters_no_sum(
+    one: Implementation, fused: bool, weighting: str, close: Close
+) -> None:
     """Filler rows are real tokens with probability zero; here their outputs are made wild."""
     if fused and not one.te:
         pytest.skip("an option of Transformer Engine")
@@ -169,7 +178,7 @@ def make_constant(layer: Any) -> Tensor:
     return torch.stack([bias.detach().double().cpu() for bias in biases])
 
 
-def test_constant_experts_make_a_dense_mixture(one: Implementation) -> None:
+def test_constant_experts_make_a_dense_mixture(one: Implementation, close: Close) -> None:
     layer = build(one, add_bias_linear=True, beta=0.0)
     constants_ED = make_constant(layer)
     step(layer, tokens(one, 1))
@@ -191,7 +200,9 @@ def test_constant_experts_make_a_dense_mixture(one: Implementation) -> None:
     close(layer.router.weight.grad, weight.grad, tolerance)
 
 
-def test_a_checkpoint_brings_every_bit_back(one: Implementation, tmp_path: Any) -> None:
+def test_a_checkpoint_brings_every_bit_back(
+    one: Implementation, tmp_path: Any, close: Close
+) -> None:
     layer = build(one, beta=0.5)
     step(layer, tokens(one, 1), tokens(one, 2))
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
@@ -213,7 +224,7 @@ RECOMPUTED = {"moe": ["moe"], "moe_act": ["moe_act"]}
 @pytest.mark.parametrize("order", ["after-use", "before-use"])
 @pytest.mark.parametrize("module", RECOMPUTED)
 def test_recomputation_counts_every_token_once(
-    one: Implementation, module: str, order: str
+    one: Implementation, module: str, order: str, close: Close
 ) -> None:
     if module == "moe_act" and not one.te:
         pytest.skip("an option of grouped experts")
@@ -232,13 +243,10 @@ def test_recomputation_counts_every_token_once(
         close(recomputed, plain, tolerance)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("recipe", [None, "delayed"])
-def test_shared_experts_beside_the_communication(recipe: str | None) -> None:
+def test_shared_experts_beside_the_communication(one: Implementation, close: Close) -> None:
     """``--moe-shared-expert-overlap`` adds the shared expert before the default term."""
-    name = "cuda-te-bf16" if recipe is None else f"cuda-te-fp8-{recipe}"
-    (one,) = (param.values[0] for param in PARAMS if param.values[0].name == name)
-    skip_unless_available(one)
+    if not one.te:
+        pytest.skip("the overlap needs CUDA streams")
     results = []
     for overlap in (False, True):
         layer = build(
