@@ -52,7 +52,11 @@ ROWS = (
     Row("shared experts beside the communication", LAYER, ("shared_experts",)),
     Row("the Triton kernels in training", TRAINING, ("losses", "triton-kernels")),
     Row("full recomputation in training", TRAINING, ("losses", "full-recompute")),
-    Row("CUDA graphs of attention and of dense layers", TRAINING, ("losses", "graphs")),
+    Row(
+        "CUDA graphs of attention, of dense layers, of routing and preprocessing",
+        TRAINING,
+        ("losses", "graphs"),
+    ),
     Row("fused permutation and routing in training", TRAINING, ("losses", "fused")),
     Row("weight gradients beside the dispatch", TRAINING, ("losses", "overlapped")),
     Row("FP8 against bf16 in training", TRAINING, ("losses", "fp8-delayed")),

@@ -14,7 +14,7 @@ def run_tests(name: str, *flags: str, **environment: str) -> None:
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     # What this process is to pytest-xdist is none of that one's business.
     environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
         [*command, *flags, str(ROOT / "tests" / name)],
         cwd=ROOT,

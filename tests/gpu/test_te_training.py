@@ -52,6 +52,16 @@ RUNS = {
         f"{GRAPHS} --cuda-graph-modules attn mlp --moe-layer-freq ([0,1])",
         2e-3,
     ),
+    "graphs-of-attention-and-routing": (
+        TE,
+        f"{GRAPHS} --cuda-graph-modules attn moe_router moe_preprocess",
+        2e-3,
+    ),
+    "graphs-of-routing-with-kernels": (
+        f"{TE} --default-vector-kernels",
+        f"{GRAPHS} --cuda-graph-modules moe_router moe_preprocess --default-vector-kernels",
+        2e-3,
+    ),
     "fused-permute-and-router": (TE, f"{TE} --moe-permute-fusion --moe-router-fusion", 2e-3),
     "overlapped-wgrad": (TE, f"{TE} --overlap-dispatch-backward-with-experts-wgrad", 2e-3),
     "triton-kernels": (TE, f"{TE} --default-vector-kernels", 2e-3),
