@@ -164,6 +164,7 @@ def _devices() -> Iterator[Replacement]:
     yield _row("torch.cuda.Stream", _STREAM, _always(stand_ins.Stream))
     for name in ("Event", "stream", "current_stream", "synchronize"):
         yield _row(f"torch.cuda.{name}", _STREAM, _always(getattr(torch.cpu, name)))
+    yield _row("torch.Tensor.record_stream", _STREAM, _always(stand_ins.nothing))
 
 
 def _random_numbers() -> Iterator[Replacement]:

@@ -147,7 +147,6 @@ REFUSALS: tuple[Refusal, ...] = (
     *_refuse(_GRAPHS, "--cuda-graph-scope", "--cuda-graph-modules"),
     *_refuse(
         _STREAMS,
-        "--overlap-moe-expert-parallel-comm",
         "--overlap-dispatch-backward-with-experts-wgrad",
         "--delay-wgrad-compute",
         "--moe-shared-expert-overlap",

@@ -77,6 +77,11 @@ class Stream(torch.cpu.Stream):
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
         super().__init__(priority)
 
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Return the lowest and the highest priority, as many as there are on a GPU."""
+        return 0, -1
+
     def record_event(self, event: Any = None) -> Any:
         """Return an event that has already happened."""
         return torch.cpu.Event() if event is None else event

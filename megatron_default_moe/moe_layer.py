@@ -3,7 +3,9 @@
 from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
 
+from megatron_default_moe import overlap
 from megatron_default_moe.router import DefaultMoERouter, ObservedTopKRouter
 from megatron_default_moe.token_dispatcher import connect
 
@@ -33,3 +35,15 @@ class DefaultMoELayer(ObservedMoELayer):
         """Build the layer; the arguments are Megatron's."""
         super().__init__(*args, **kwargs)
         assert isinstance(self.router, DefaultMoERouter), type(self.router)
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Prepare for the dispatch; arguments and results are Megatron's.
+
+        This is the end of what runs, or is replayed from a CUDA graph, before the dispatch.
+        """
+        hidden_states, probs = super().preprocess(hidden_states, probs, routing_map)
+        if self.config.overlap_moe_expert_parallel_comm:
+            probs = overlap.cut(self.router, probs)
+        return hidden_states, probs

@@ -218,11 +218,12 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.moe_expert_rank_capacity_factor is not None or s.moe_paged_stash,
     ),
     Rule(
-        "--overlap-moe-expert-parallel-comm",
+        "--overlap-moe-expert-parallel-comm with --default-vector-order before-use",
         "refused",
-        "--overlap-moe-expert-parallel-comm cuts the layer into separate autograd graphs, across"
-        f" which the default term cannot reach the router: drop the flag, {_TO_TOPK}",
-        lambda s: s.overlap_moe_expert_parallel_comm,
+        "--overlap-moe-expert-parallel-comm hides communication behind the work of another"
+        " micro-batch, and --default-vector-order before-use adds some that it cannot hide: use"
+        " --default-vector-order after-use, or drop the flag",
+        lambda s: s.overlap_moe_expert_parallel_comm and s.options.order == "before-use",
     ),
     Rule(
         "--cuda-graph-modules other than attn, mlp, and moe_router moe_preprocess together",

@@ -11,7 +11,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -70,10 +72,21 @@ def build_layer(seed: int = 1, stock: bool = False, te: bool = False, **settings
 
 def build_transformer_layer(seed: int = 1, **settings: Any) -> Any:
     """Build a whole layer, attention included; arguments as in :func:`build_layer`."""
-    settings = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings}
-    settings = {"masked_softmax_fusion": False, "bias_dropout_fusion": False, **settings}
-    spec, config = _spec_and_config(seed, stock=False, te=False, settings=settings)
+    spec, config = _spec_and_config(seed, stock=False, te=False, settings=_whole(settings))
     return build_module(spec, config=config, layer_number=1).train()
+
+
+def build_model(seed: int = 1, words: int = 16, length: int = 8, **settings: Any) -> Any:
+    """Build a GPT model of such layers; arguments as in :func:`build_layer`."""
+    spec, config = _spec_and_config(seed, stock=False, te=False, settings=_whole(settings))
+    return GPTModel(config, spec, vocab_size=words, max_sequence_length=length).train()
+
+
+def _whole(settings: dict[str, Any]) -> dict[str, Any]:
+    """What attention and the rest of a layer need besides."""
+    settings = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **settings}
+    settings = {"persist_layer_norm": False, "attention_backend": AttnBackend.unfused, **settings}
+    return {"masked_softmax_fusion": False, "bias_dropout_fusion": False, **settings}
 
 
 def train_step(

@@ -120,6 +120,11 @@ def test_streams_and_events_are_callable_as_on_a_gpu():
     event.synchronize()
     torch.cuda.synchronize()
     assert torch.cuda.current_stream() is not stream
+    # As Megatron's combined schedule uses them.
+    low, high = torch.cuda.Stream.priority_range()
+    assert high < low
+    torch.cuda.Event().wait(stream)
+    torch.ones(1).record_stream(stream)
 
 
 def test_nothing_is_compiled():

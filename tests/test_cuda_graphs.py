@@ -4,28 +4,21 @@ Contract: with ``--cuda-graph-modules moe_router moe_preprocess`` outputs, gradi
 vectors and logged metrics are those of the run without graphs, to the bit; capturing adds nothing
 to any sum.
 
-Without a GPU the graph itself is replaced, and nothing else: Megatron's own capture and replay
-code runs, and what stands for the graph is the capture pass of a twin layer, which shares every
-parameter and buffer with the layer and none of its Python state. So only tensors come back.
+Without a GPU a twin of the layer stands for its graph, see ``twin_graphs.py``.
 """
 
-import contextlib
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from building import build_transformer_layer
-from megatron.core.transformer import cuda_graphs
-from megatron.core.transformer.module import GraphableMegatronModule
 from torch import Tensor
+from twin_graphs import GRAPHS, give_graph
 
 from megatron_default_moe import commit, reduce_step_sums
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-GRAPHS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"]}
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "uniform": {"weighting": "uniform"},
@@ -44,45 +37,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@contextlib.contextmanager
-def capturing() -> Iterator[None]:
-    cuda_graphs._set_capture_start()
-    try:
-        yield
-    finally:
-        cuda_graphs._set_capture_end()
-
-
-def share_tensors(layer: Any, twin: Any) -> None:
-    for own, other in zip(layer.modules(), twin.modules(), strict=True):
-        other._parameters, other._buffers = own._parameters, own._buffers
-
-
 def graphed(**settings: Any) -> Any:
     """A layer after Megatron's capture, its graph the capture pass of a twin."""
-    both = {**GRAPHS, "cuda_graph_modules": ["moe_router", "moe_preprocess"], **settings}
+    both = {**GRAPHS, **settings}
     layer, twin = build_transformer_layer(**both), build_transformer_layer(**both)
-    share_tensors(layer, twin)
-
-    def replay(hidden_states: Tensor, is_first_microbatch: bool) -> Any:
-        with capturing():
-            return twin._te_cuda_graph_capture(hidden_states)
-
-    x = inputs(0)
-    with capturing():
-        outputs = layer(x, attention_mask=None)
-    sum(out.sum() for out in outputs if out.requires_grad).backward()
-    layer.zero_grad()
-    layer.cuda_graphs = [replay]
-    # The layer's own method looks for Transformer Engine; the one it extends does the same here.
-    layer._get_te_cuda_graph_replay_args = functools.partial(
-        GraphableMegatronModule._get_te_cuda_graph_replay_args, layer
-    )
-
-    def refuse(*args: Any) -> None:
-        raise AssertionError("a replayed router runs no Python")
-
-    layer.mlp.router.forward = refuse
+    give_graph(layer, twin, inputs(0))
     return layer
 
 

@@ -80,9 +80,9 @@ TRIGGERS = {
         f"{GOOD} --moe-expert-rank-capacity-factor 1.5",
         f"{GOOD} --moe-paged-stash",
     ],
-    "--overlap-moe-expert-parallel-comm": [
-        f"{GOOD} --overlap-moe-expert-parallel-comm",
-        f"{GOOD} --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
+    "--overlap-moe-expert-parallel-comm with --default-vector-order before-use": [
+        f"{GOOD} --overlap-moe-expert-parallel-comm --default-vector-order before-use",
+        f"{GOOD} --overlap-moe-expert-parallel-comm --paper-default-moe",
     ],
     "--cuda-graph-modules other than attn, mlp, and moe_router moe_preprocess together": [
         f"{GOOD} --cuda-graph-impl local",
@@ -154,6 +154,10 @@ HARMLESS = {
         f"{TE} --moe-shared-expert-intermediate-size 64 --moe-shared-expert-overlap"
     ),
     "weight gradients beside the dispatch": f"{TE} --overlap-dispatch-backward-with-experts-wgrad",
+    "communication beside another micro-batch": (
+        f"{TE} --overlap-moe-expert-parallel-comm --delay-wgrad-compute"
+        " --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router moe_preprocess"
+    ),
     "recomputed activations": (
         f"{TE} --recompute-granularity selective --recompute-modules moe_act layernorm"
     ),

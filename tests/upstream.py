@@ -42,6 +42,11 @@ RESULTS = ("megatron.training.training.train_step",)
 """Functions whose results are read by position."""
 
 SOURCES = (
+    "megatron.core.models.common.model_chunk_schedule_plan.TransformerLayerSchedulePlan.run",
+    "megatron.core.models.common.utils.TransformerLayerNode.backward_impl",
+    "megatron.core.models.common.utils.should_free_input",
+    "megatron.core.models.gpt.fine_grained_callables.build_transformer_layer_callables",
+    "megatron.core.pipeline_parallel.utils.ScheduleNode.stream_acquire_context",
     "megatron.core.transformer.moe.moe_layer.MoELayer.routed_experts_compute",
     "megatron.core.transformer.moe.moe_layer.MoELayer.postprocess",
     "megatron.core.transformer.moe.moe_utils.MoECudaGraphPartialCaptureSignal"
