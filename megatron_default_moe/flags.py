@@ -124,9 +124,14 @@ def _lines_of_file(
                 " folder)"
             )
         lines = _lines_of_file(base_path, seen)
+    own: set[str] = set()
     for key, value in values.items():
         # One spelling per flag, so that a line replaces its base's and `false` clears its switch.
         name = str(key).removeprefix("--").replace("_", "-")
+        if value is not None:
+            if name in own:
+                raise UserError(f"--config {path}: {name} is there twice, in two spellings")
+            own.add(name)
         lines.pop(name, None)
         lines[name] = (path, value)
     return lines

@@ -75,6 +75,21 @@ class Settings:
         shared = modules >= routing and self.cuda_graph_impl == "transformer_engine"
         return bool(modules & routing) and not shared
 
+    @property
+    def layers_without_a_stage(self) -> bool:
+        """Whether Megatron would leave layers of the model out (``get_num_layers_to_build``)."""
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        if first is None:
+            first = self.num_layers_in_first_pipeline_stage
+        if last is None:
+            last = self.num_layers_in_last_pipeline_stage
+        named = [count for count in (first, last) if count is not None]
+        stages = self.pipeline_model_parallel_size or 1
+        if not named or stages > len(named):
+            return False
+        # On a single stage the last of the two counts.
+        return sum(named[-stages:]) != self.num_layers
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -92,6 +107,11 @@ class Rule:
     """Whether it only concerns ``megatron_default_moe.pretrain``, not Megatron's own script."""
 
 
+LAYERS_WITHOUT_A_STAGE = (
+    "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers are all the layers"
+    " that Megatron builds when no stage is left between them: drop both, or raise"
+    " --pipeline-model-parallel-size"
+)
 _TO_TOPK = "or train with --moe-router-gradient topk"
 
 RULES: tuple[Rule, ...] = (
@@ -165,7 +185,7 @@ RULES: tuple[Rule, ...] = (
         "warned",
         "--moe-router-topk equals --num-experts: every expert is active and the default vectors"
         " are never used",
-        lambda s: s.experts and s.topk >= s.experts,
+        lambda s: s.experts and s.topk == s.experts,
     ),
     Rule(
         "--moe-router-force-load-balancing or --moe-router-force-biased",
@@ -315,6 +335,30 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.sft or s.fim_data or s.dataloader_inter_document_masking or s.logits_load_dir,
         topk_too=True,
         own_entry_only=True,
+    ),
+    Rule(
+        "--moe-router-topk above --num-experts",
+        "refused",
+        "--moe-router-topk is above --num-experts: a token cannot use more experts than there are,"
+        " lower it",
+        lambda s: s.experts and s.topk > s.experts,
+        topk_too=True,
+    ),
+    Rule(
+        "--moe-layer-freq with another number of layers than --num-layers",
+        "refused",
+        "--moe-layer-freq names another number of layers than --num-layers: write one 0 or 1 for"
+        " each layer",
+        lambda s: isinstance(s.moe_layer_freq, list) and len(s.moe_layer_freq) != s.num_layers,
+        topk_too=True,
+    ),
+    Rule(
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers without a stage"
+        " between them",
+        "refused",
+        LAYERS_WITHOUT_A_STAGE,
+        lambda s: s.layers_without_a_stage,
+        topk_too=True,
     ),
     Rule(
         "--lr-warmup-iters not below --lr-decay-iters",

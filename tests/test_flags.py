@@ -212,6 +212,7 @@ MISTAKES_IN_A_FILE = {
     "num-layers: [1": ["not a valid YAML file", "line 1"],
     "a: b: c": ["not a valid YAML file"],
     "num-layers: 1\nnum-layers: 2": ["not a valid YAML file", "num-layers"],
+    "num-layers: 1\nnum_layers: 2": ["num-layers is there twice"],
     "- num-layers\n- 4": ["flag: value"],
     "3": ["flag: value"],
     "moe-router-tpk: 1": ["moe-router-tpk is not a flag", "--moe-router-topk"],

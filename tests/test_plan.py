@@ -278,9 +278,16 @@ def test_operations_and_communication_by_hand(plan: Call) -> None:
     ("name", "flags", "gpus", "card", "reason", "nearest"),
     [
         ("7.33b-8c1", "--expert-model-parallel-size 3", 64, "h100", "Number of experts", (1, 1, 4)),
-        ("7.33b-8c1", "--tensor-model-parallel-size 3", 64, "h100", "divisible", (4, 1, 8)),
+        (
+            "7.33b-8c1",
+            "--tensor-model-parallel-size 3",
+            64,
+            "h100",
+            "3 does not divide 64 GPUs",
+            (4, 1, 8),
+        ),
         ("7.33b-8c1", "--pipeline-model-parallel-size 16", 128, "h100", "layers", (1, 8, 8)),
-        ("7.33b-8c1", "", 12, "h100", "data_parallel_size", (1, 3, 4)),
+        ("7.33b-8c1", "", 12, "h100", "4 x data parallelism 12", (1, 3, 4)),
         ("7.33b-8c1", "--micro-batch-size 64", 8, "h100", r"needs [\d.]+ GiB", (8, 1, 8)),
         (
             "mixtral-8x7b-like",
@@ -316,7 +323,13 @@ def test_an_impossible_layout_names_the_nearest_that_works(
 @pytest.mark.parametrize(
     ("name", "flags", "gpus", "words"),
     [
-        ("deepseek-v3-like", "", 8, "no other TP, PP and EP sizes work either"),
+        ("deepseek-v3-like", "", 8, "no other TP, PP and EP sizes work either, and on 256 GPUs "),
+        ("1.96b-8c1", "", 100, "no other TP, PP and EP sizes work either, and on 96 GPUs "),
+        ("1.96b-8c1", "--tensor-model-parallel-size 0", 8, "--tensor-model-parallel-size must be"),
+        ("1.96b-8c1", "--num-layers 0", 8, "--num-layers must be at least 1"),
+        ("1.96b-8c1", "--num-layers 23", 8, "--moe-layer-freq names another number of layers"),
+        ("1.96b-8c1", "--fp8-format hybrid --fp8-recipe mxfp8", 8, "capability 10.0 and a H100"),
+        ("1.96b-8c1", "--moe-router-topk 9", 8, "--moe-router-topk is above --num-experts"),
         ("quickstart", "", 2, "--vocab-size is missing"),
         ("1.96b-8c1", "--optimizer muon", 8, "--optimizer muon cannot be planned"),
         ("1.96b-8c1", "--moe-latent-size 64", 8, "--moe-latent-size cannot be planned"),
@@ -328,6 +341,33 @@ def test_what_no_layout_can_help(plan: Call, name: str, flags: str, gpus: int, w
     with pytest.raises(UserError, match=re.escape(words)) as refused:
         plan(name, flags, gpus)
     assert "nearest layout" not in str(refused.value)
+
+
+def test_a_smaller_micro_batch_is_named_where_it_is_enough(plan: Call) -> None:
+    """The layout in the file's comment for 512 GPUs; and one that the batch does not divide."""
+    with pytest.raises(UserError, match="; with --micro-batch-size 2 it works; the nearest layout"):
+        plan("7.33b-8c1", "", 512)
+    assert plan("7.33b-8c1", "--micro-batch-size 2", 512).layout == Layout(1, 1, 8)
+    with pytest.raises(UserError) as refused:
+        plan("7.33b-8c1", "", 24)
+    assert "--micro-batch-size 2" not in str(refused.value)
+
+
+def test_a_number_of_gpus_that_is_named_works(plan: Call) -> None:
+    with pytest.raises(UserError) as refused:
+        plan("mixtral-8x7b-like", "", 8)
+    gpus, layout = re.search(r"and on (\d+) GPUs (--.*) does$", str(refused.value)).groups()
+    assert plan("mixtral-8x7b-like", layout, int(gpus)).fullest < 80 * 2**30
+
+
+def test_a_layout_that_would_lose_layers_is_refused(plan: Call) -> None:
+    """With one or two stages Megatron builds the layers named for the first and last alone."""
+    sizes = "--tensor-model-parallel-size 4 --expert-model-parallel-size 64"
+    for stages in (1, 2):
+        with pytest.raises(UserError, match=r"--decoder-first-pipeline-num-layers"):
+            plan(
+                "deepseek-v3-like", f"{sizes} --pipeline-model-parallel-size {stages}", 128, "b200"
+            )
 
 
 def test_the_command_prints_the_plan_or_one_sentence() -> None:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib
 import io
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -131,6 +132,22 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "context_parallel_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+)
+"""What a plan divides by, or has nothing to say about if it is zero."""
+
+
 def parse(argv: list[str], gpus: int) -> argparse.Namespace:
     """Parse a command line of the training entry, ``--config`` included.
 
@@ -151,6 +168,10 @@ def parse(argv: list[str], gpus: int) -> argparse.Namespace:
     parser.parse_args(argv)
     with quiet(), _replaced(sys, "argv", ["plan", *argv]):
         args = parse_args(pretrain.add_flags)
+    for name in _SIZES:
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {size}")
     args.rank, args.world_size = 0, gpus
     return args
 
@@ -178,10 +199,12 @@ def check(parsed: argparse.Namespace, card: Card, layout: Layout | None = None) 
         args.pipeline_model_parallel_size = layout.pp
         args.expert_model_parallel_size = layout.ep
     options = options_from_args(args)
+    _check_division(args, options)
     with quiet():
         support.check(args, options, warn=False)
     vocab = _vocabulary(args)
     _check_countable(args)
+    _check_chip(args, card)
     try:
         with quiet(), as_if_on(card):
             validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
@@ -223,6 +246,46 @@ def _check_countable(args: argparse.Namespace) -> None:
             )
 
 
+def _check_chip(args: argparse.Namespace, card: Card) -> None:
+    """Formats that the card does not have, which Transformer Engine would refuse there."""
+    from megatron_default_moe.doctor import RECIPES
+
+    chip = f"a {card.name} has {'.'.join(map(str, card.capability))}"
+    for recipe in RECIPES if args.fp8 else ():
+        if args.fp8_recipe == recipe.name and card.capability < recipe.capability:
+            raise UserError(
+                f"--fp8-recipe {recipe.name} needs compute capability"
+                f" {'.'.join(map(str, recipe.capability))} and {chip}: take another recipe"
+            )
+    if args.fp4 and card.capability < (10, 0):
+        raise UserError(f"--fp4-format needs compute capability 10.0 and {chip}: take FP8 or bf16")
+
+
+def _check_division(args: argparse.Namespace, options: RouterGradientConfig) -> None:
+    """What Megatron refuses in words that name no flag, or does not notice."""
+    from megatron_default_moe import support
+
+    replica = {
+        "tensor-model-parallel-size": args.tensor_model_parallel_size,
+        "pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+        "context-parallel-size": args.context_parallel_size,
+    }
+    ranks = math.prod(replica.values())
+    if args.world_size % ranks:
+        sizes = " x ".join(f"--{name} {size}" for name, size in replica.items() if size > 1)
+        raise LayoutError(f"{sizes} does not divide {args.world_size} GPUs")
+    dp = args.world_size // ranks
+    if None not in (args.global_batch_size, args.micro_batch_size) and (
+        args.global_batch_size % (args.micro_batch_size * dp)
+    ):
+        raise LayoutError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size"
+            f" {args.micro_batch_size} x data parallelism {dp}"
+        )
+    if support.Settings(args, options).layers_without_a_stage:
+        raise LayoutError(support.LAYERS_WITHOUT_A_STAGE)
+
+
 def _check_groups(run: CheckedRun) -> None:
     """What Megatron itself notices only when it forms process groups or builds the model."""
     args, layout = run.args, run.layout
@@ -237,11 +300,6 @@ def _check_groups(run: CheckedRun) -> None:
         raise LayoutError(
             f"--expert-model-parallel-size {layout.ep} does not divide"
             f" --num-experts {args.num_experts}"
-        )
-    if args.global_batch_size % (args.micro_batch_size * run.dp):
-        raise LayoutError(
-            f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size"
-            f" {args.micro_batch_size} x data parallelism {run.dp}"
         )
     if args.num_attention_heads % layout.tp:
         raise LayoutError(

@@ -8,6 +8,26 @@ from megatron_default_moe.plan import arguments, memory
 from megatron_default_moe.plan.arguments import Layout
 from megatron_default_moe.plan.cards import GPUS_PER_HOST, Card
 
+MOST_GPUS = 4096
+"""Where the search for a number of GPUs that works ends."""
+
+
+def given(parsed: argparse.Namespace) -> Layout:
+    """The layout that was asked for."""
+    return Layout(
+        parsed.tensor_model_parallel_size,
+        parsed.pipeline_model_parallel_size,
+        parsed.expert_model_parallel_size,
+    )
+
+
+def other_numbers(gpus: int) -> list[int]:
+    """Numbers of GPUs to try instead: a few hosts less, then powers of two above."""
+    hosts = (gpus - 1) // GPUS_PER_HOST
+    fewer = [hosts_ * GPUS_PER_HOST for hosts_ in range(hosts, max(hosts - 4, 0), -1)]
+    more = [2**power for power in range(MOST_GPUS.bit_length()) if 2**power > gpus]
+    return [number for number in fewer if 2 * number > gpus] + more
+
 
 def nearest_first(parsed: argparse.Namespace, gpus: int) -> list[Layout]:
     """Layouts that could be tried instead, TP inside a host.
@@ -19,11 +39,7 @@ def nearest_first(parsed: argparse.Namespace, gpus: int) -> list[Layout]:
         parsed: the arguments that were refused.
         gpus: how many GPUs there are.
     """
-    start = Layout(
-        parsed.tensor_model_parallel_size,
-        parsed.pipeline_model_parallel_size,
-        parsed.expert_model_parallel_size,
-    )
+    start = given(parsed)
     found = [
         Layout(tp, pp, ep)
         for tp in _divisors(gpus)

@@ -1,6 +1,8 @@
 """A plan: everything computed of one run, and whether it fits."""
 
 import argparse
+import contextlib
+import copy
 import dataclasses
 
 from megatron_default_moe.errors import UserError
@@ -83,15 +85,45 @@ def make(argv: list[str], gpus: int, card: Card) -> Plan:
         return _fitting(parsed, card, None)
     except LayoutError as error:
         reason, cause = str(error).rstrip("."), error
-    for layout in layouts.nearest_first(parsed, gpus):
-        if not layouts.worth_building(parsed, card, layout):
-            continue
-        try:
-            _fitting(parsed, card, layout)
-        except LayoutError:
-            continue
+    if (size := _smaller_micro_batch(parsed, card)) is not None:
+        reason += f"; with --micro-batch-size {size} it works"
+    if (layout := _nearest(parsed, card)) is not None:
         raise UserError(f"{reason}; the nearest layout that works is {layout}") from cause
-    raise UserError(f"{reason}; no other TP, PP and EP sizes work either") from cause
+    reason += "; no other TP, PP and EP sizes work either"
+    for other in layouts.other_numbers(gpus) if size is None else ():
+        at_other = _with(parsed, world_size=other)
+        if (layout := _nearest(at_other, card, itself=True)) is not None:
+            raise UserError(f"{reason}, and on {other} GPUs {layout} does") from cause
+    raise UserError(reason) from cause
+
+
+def _with(parsed: argparse.Namespace, **changes: int) -> argparse.Namespace:
+    changed = copy.deepcopy(parsed)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def _smaller_micro_batch(parsed: argparse.Namespace, card: Card) -> int | None:
+    """The largest micro-batch size, halved from the given one, with which the layout works."""
+    size = parsed.micro_batch_size or 1
+    while size > 1:
+        size //= 2
+        with contextlib.suppress(UserError):
+            _fitting(_with(parsed, micro_batch_size=size), card, None)
+            return int(size)
+    return None
+
+
+def _nearest(parsed: argparse.Namespace, card: Card, itself: bool = False) -> Layout | None:
+    """The nearest layout that works; `itself`: with the given one first."""
+    given = [layouts.given(parsed)] if itself else []
+    for layout in [*given, *layouts.nearest_first(parsed, parsed.world_size)]:
+        if layouts.worth_building(parsed, card, layout):
+            with contextlib.suppress(LayoutError):
+                _fitting(parsed, card, layout)
+                return layout
+    return None
 
 
 def _fitting(parsed: argparse.Namespace, card: Card, layout: Layout | None) -> Plan:

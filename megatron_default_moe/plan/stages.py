@@ -89,6 +89,12 @@ def build(run: CheckedRun, config: Any) -> list[Stage]:
     except (AssertionError, ValueError) as error:
         raise LayoutError(f"Megatron cannot divide the layers into stages: {error}") from error
     kinds = list(alike.items())
+    cut = sum(len(chunk.layers) * len(ranks) for chunks, ranks in kinds for chunk in chunks)
+    if cut != run.args.num_layers:
+        raise LayoutError(
+            f"Megatron divides {cut} layers over the pipeline stages, not --num-layers"
+            f" {run.args.num_layers}"
+        )
     counts: list[Counts] = []
     for start in range(0, len(kinds), _BUILT_TOGETHER):
         some = kinds[start : start + _BUILT_TOGETHER]
