@@ -5,7 +5,9 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,11 @@ VOLUME = {
     "persistentVolumeClaim": {"claimName!": str},
     "emptyDir": {"medium": str, "sizeLimit": QUANTITY},
 }
-POD = {"containers!": [CONTAINER], "volumes": [VOLUME]}
+POD = {
+    "securityContext": {"fsGroup": int, "fsGroupChangePolicy": str},
+    "containers!": [CONTAINER],
+    "volumes": [VOLUME],
+}
 REPLICAS = {"replicas": int, "restartPolicy": str, "template": {"spec": POD}}
 SCHEMA = {
     "apiVersion!": str,
@@ -46,7 +52,7 @@ SCHEMA = {
             "rdzvConf": [{"key": str, "value": str}],
             "maxRestarts": int,
         },
-        "runPolicy": {"cleanPodPolicy": str},
+        "runPolicy": {"cleanPodPolicy": str, "backoffLimit": int},
         "pytorchReplicaSpecs!": {"Worker": REPLICAS, "Master": REPLICAS},
     },
 }
@@ -109,6 +115,7 @@ def test_the_manifest_fits_the_operators_webhook_and_itself(manifest):
     pod = worker["template"]["spec"]
     (container,) = pod["containers"]
     assert container["name"] == "pytorch"
+    assert f"--uid {pod['securityContext']['fsGroup']} " in (ROOT / "Dockerfile").read_text()
     assert container["resources"]["limits"]["nvidia.com/gpu"] == spec["nprocPerNode"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
@@ -135,6 +142,110 @@ def test_what_is_to_be_edited_stands_in_one_block(name):
         r"(?m)^#SBATCH|\$\{\w+:?-[^}]+\}|&\w+ ", rest.replace("RESTART_COUNT:-0", "")
     )
     assert block.count("\n") >= 5
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "says"),
+    [
+        ((), {}, "error: no CONFIG.yaml"),
+        (("nowhere.yaml",), {}, "error: nowhere.yaml cannot be read"),
+        (("examples",), {}, "error: examples cannot be read"),
+        (("examples/quickstart.yaml",), {"NODES": "two"}, "error: NODES is 'two'"),
+        (("examples/quickstart.yaml",), {"NODES": "0"}, "error: NODES is '0'"),
+        (("examples/quickstart.yaml",), {"NODES": "2"}, "error: NODES is 2 but HEAD is empty"),
+        (("examples/quickstart.yaml",), {"PATH": "/usr/bin:/bin"}, "error: no torchrun"),
+    ],
+)
+def test_a_mistake_with_torchrun_sh_is_one_sentence(words, environment, says):
+    done = subprocess.run(
+        [LAUNCH / "torchrun.sh", *words],
+        cwd=ROOT,
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(says)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """Run slurm.sbatch as SLURM would start it, with these shell lines for srun."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "examples" / "launch").mkdir(parents=True)
+    shutil.copy(LAUNCH / "torchrun.sh", tmp_path / "examples" / "launch")
+
+    def run(srun, *words, **environment):
+        for name, lines in (
+            ("srun", srun),
+            ("scontrol", f"echo scontrol $* >>{tmp_path}/said"),
+            ("scancel", "kill -USR1 $(cat $RUN_DIR/step)"),
+        ):
+            file = tmp_path / "bin" / name
+            file.write_text(f"#!/usr/bin/env bash\n{lines}\n")
+            file.chmod(0o755)
+        slurm = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "default-moe",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+        }
+        done = subprocess.run(
+            ["bash", str(LAUNCH / "slurm.sbatch"), *words],
+            env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"} | slurm | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        said = tmp_path / "said"
+        return done, said.read_text() if said.exists() else ""
+
+    return run
+
+
+def test_a_slurm_job_has_a_folder_of_its_configs_name(sbatch, tmp_path):
+    """Two models in one folder would load each other's checkpoints."""
+    report = 'echo "run $RUN_DIR" "$@"'
+    for name in ("1.96b-32c1", "1.96b-32c2"):
+        done, _ = sbatch(report, f"some where/{name}.yaml")
+        assert done.returncode == 0, done.stderr
+        assert f"run {tmp_path}/runs/{name} " in done.stdout
+        assert f" {tmp_path}/examples/launch/torchrun.sh some where/{name}.yaml\n" in done.stdout
+        assert "--cpu-bind=none" in done.stdout
+    done, _ = sbatch(report, "a.yaml", RUN_DIR=str(tmp_path / "other"))
+    assert f"run {tmp_path}/other " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "queued"),
+    [
+        ("exit 0", 0, True),
+        ("exit 1", 1, False),
+        ("echo 5 >$RUN_DIR/checkpoint/latest_checkpointed_iteration.txt; exit 1", 0, True),
+    ],
+)
+def test_near_its_time_limit_a_job_is_queued_again_only_if_that_helps(sbatch, ending, code, queued):
+    step = (
+        "mkdir -p $RUN_DIR/checkpoint; echo $$ >$RUN_DIR/step\n"
+        f"trap '{ending}' USR1\n"
+        "kill -USR1 $PPID\n"
+        "for i in $(seq 100); do sleep 0.1; done; exit 3"
+    )
+    done, said = sbatch(step, "a.yaml")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said == ("scontrol requeue 7\n" if queued else "")
+
+
+def test_what_slurm_sbatch_says_outside_slurm_and_elsewhere(sbatch, tmp_path):
+    done, _ = sbatch("", "a.yaml", SLURM_JOB_ID="")
+    assert (done.returncode, done.stderr.startswith("error: submit it: sbatch")) == (2, True)
+    done, _ = sbatch("", "a.yaml", SLURM_SUBMIT_DIR=str(tmp_path / "elsewhere"))
+    assert done.returncode == 2
+    assert "submit from the repository's root" in done.stderr
 
 
 def test_no_launcher_has_a_static_port_on_one_node():

@@ -25,7 +25,9 @@ fail() {
     exit 2
 }
 [ $# -ge 1 ] || fail "no CONFIG.yaml: examples/launch/torchrun.sh CONFIG.yaml [flags]"
-[ -r "$1" ] || fail "$1 cannot be read: the first argument is a YAML file of flags"
+[ -f "$1" ] && [ -r "$1" ] || fail "$1 cannot be read: the first argument is a YAML file of flags"
+[[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NODES is '$NODES': set it to the number of nodes"
+command -v torchrun >/dev/null || fail "no torchrun: activate the environment, or use the image"
 config=$1
 shift
 [ -n "$RUN_DIR" ] || RUN_DIR=runs/$(basename "$config" .yaml)
