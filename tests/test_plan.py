@@ -19,7 +19,9 @@ import planning
 import pytest
 
 from megatron_default_moe import UserError
+from megatron_default_moe.plan import cost
 from megatron_default_moe.plan.arguments import Layout
+from megatron_default_moe.plan.cards import CARDS
 from megatron_default_moe.plan.memory import RESERVED
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -272,6 +274,23 @@ def test_operations_and_communication_by_hand(plan: Call) -> None:
     assert not any("TP" in name or "PP" in name for name in found.traffic)
     before = plan("7.33b-8c1", "--default-vector-order before-use", 64).traffic
     assert before.keys() - found.traffic.keys() == {"default vectors, before use"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stride", "rate"),
+    [
+        (8, 1, 450e9),  # inside a host
+        (64, 1, 400e9),  # every adapter of eight hosts
+        (32, 2, 200e9),
+        (8, 8, 50e9),  # one rank of each host
+        (2, 64, 50e9),
+    ],
+)
+def test_a_ring_over_hosts_uses_the_adapters_of_its_ranks(
+    ranks: int, stride: int, rate: float
+) -> None:
+    seconds = cost._ring_seconds(1e9, ranks, stride, CARDS["h100"])
+    assert seconds == pytest.approx(1e9 / (cost.LINK_EFFICIENCY * rate))
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,19 @@ def _seconds(bytes_: float, extent: int, card: Card) -> float:
     return bytes_ / (link * LINK_EFFICIENCY)
 
 
+def _ring_seconds(bytes_: float, ranks: int, stride: int, card: Card) -> float:
+    """Time of a ring collective over ranks `stride` GPUs apart.
+
+    NCCL lays one ring through each adapter of a host that a rank of the group sits at, and divides
+    the bytes among them: what a rank sends mostly stays on NVLink.
+    """
+    if ranks * stride <= GPUS_PER_HOST:
+        rate = card.nvlink
+    else:
+        rate = min(card.nvlink, card.network * max(1, GPUS_PER_HOST // stride))
+    return bytes_ / (rate * LINK_EFFICIENCY)
+
+
 def _passes(run: CheckedRun, *modules: str) -> int:
     """Forward and backward passes, and the second forward pass of recomputation."""
     selected = set(activations._recompute_modules(run.args)) & set(modules)
@@ -183,7 +196,9 @@ def _expert_tensor(run: CheckedRun, stage: Stage, card: Card) -> Traffic:
     """All-gather before the experts and reduce-scatter after them, of every rank's rows."""
     etp = run.args.expert_tensor_parallel_size
     sent = 2 * _row_bytes(run) * (etp - 1) * _moe_layer_passes(run, stage)
-    return Traffic(name="gather + scatter (ETP)", bytes=sent, seconds=_seconds(sent, etp, card))
+    return Traffic(
+        name="gather + scatter (ETP)", bytes=sent, seconds=_ring_seconds(sent, etp, 1, card)
+    )
 
 
 def _tensor(run: CheckedRun, stage: Stage, card: Card) -> Traffic:
@@ -198,7 +213,9 @@ def _tensor(run: CheckedRun, stage: Stage, card: Card) -> Traffic:
     one = activations.tokens_per_rank(args) * args.hidden_size * activations.element_bytes(args)
     times = 2 * _passes(run) + 1
     sent = times * regions * run.micro_batches * one * (tp - 1)
-    return Traffic(name="gather + scatter (TP)", bytes=sent, seconds=_seconds(sent, tp, card))
+    return Traffic(
+        name="gather + scatter (TP)", bytes=sent, seconds=_ring_seconds(sent, tp, 1, card)
+    )
 
 
 def _pipeline(run: CheckedRun, card: Card) -> Traffic:
@@ -235,7 +252,7 @@ def _data(run: CheckedRun, stage: Stage, card: Card, compute: float) -> list[Tra
         ),
     ):
         sent = size * per_parameter * (ranks - 1) / ranks
-        seconds = _seconds(sent, ranks * stride, card)
+        seconds = _ring_seconds(sent, ranks, stride, card)
         hidden = min(seconds, free)
         free -= hidden
         kinds.append(Traffic(name=name, bytes=sent, seconds=seconds, hidden=hidden))
@@ -247,14 +264,15 @@ def _default_vectors(run: CheckedRun, stage: Stage, card: Card) -> list[Traffic]
     ranks = run.args.world_size // run.layout.pp
     share = 2 * (ranks - 1) / ranks
     sent = stage.counts.step_buffer_bytes * share
-    kinds = [Traffic(name="default vectors, once", bytes=sent, seconds=_seconds(sent, ranks, card))]
+    seconds = _ring_seconds(sent, ranks, 1, card)
+    kinds = [Traffic(name="default vectors, once", bytes=sent, seconds=seconds)]
     if run.options.uses_default_vectors and run.options.order == "before-use":
         again = stage.counts.vector_bytes * share * run.micro_batches * (_passes(run, "moe") - 1)
         kinds.append(
             Traffic(
                 name="default vectors, before use",
                 bytes=again,
-                seconds=_seconds(again, ranks, card),
+                seconds=_ring_seconds(again, ranks, 1, card),
             )
         )
     return kinds
