@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 from megatron_default_moe import checkpoint_files
@@ -93,6 +94,28 @@ def prepare_load(args: Any, options: RouterGradientConfig) -> RouterGradientConf
     elif not (options.uses_default_vectors and options.from_baseline):
         return loads_vectors
     return _without_vectors(options, source)
+
+
+def prepare_save(args: Any) -> None:
+    """Make sure now that checkpoints can be written: Megatron finds out at the first of them.
+
+    Args:
+        args: Megatron's arguments.
+
+    Raises:
+        UserError: the folder of --save cannot be made or written to.
+    """
+    if not args.save or "://" in str(args.save) or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        os.makedirs(args.save, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.save):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--save {args.save}: no checkpoint can be written there ({error.strerror}): make the"
+            " folder writable for the user that trains, or name another"
+        ) from error
 
 
 def _without_vectors(options: RouterGradientConfig, source: Source) -> RouterGradientConfig:

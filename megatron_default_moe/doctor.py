@@ -178,7 +178,7 @@ def _transformer_engine(machine: Machine, building_image: bool) -> Iterator[Find
         way_out = "on GPUs: use the NGC image, or pip install --no-build-isolation"
         way_out += ' "megatron-core[te]==0.19.2"; without: --transformer-impl local'
         reason = "needs Transformer Engine"
-        yield Finding("off", what, reason, way_out)
+        yield Finding("off", what, "not installed", way_out)
     elif building_image:
         reason = "depends on the GPU"
         yield Finding("ok", what, f"{installed} is installed")
@@ -262,6 +262,12 @@ def _others(machine: Machine) -> Iterator[Finding]:
 
 
 def _system(machine: Machine) -> Iterator[Finding]:
+    if machine.adapters:
+        yield Finding("ok", "InfiniBand", " ".join(machine.adapters))
+    elif machine.gpus:
+        why = "no adapter is to be seen: NCCL talks to other nodes over TCP"
+        way_out = "needed on several nodes only: docker run --device=/dev/infiniband --network=host"
+        yield Finding("off", "InfiniBand", why, way_out)
     size = machine.shared_memory or 0
     if size >= GIB:
         yield Finding("ok", "/dev/shm", f"{size / GIB:.0f} GiB; async saves put checkpoints there")

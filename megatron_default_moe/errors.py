@@ -2,6 +2,10 @@
 
 import os
 import sys
+import time
+
+HEAD_START = 5.0
+"""Seconds rank 0 has to say the sentence: torchrun ends all ranks as soon as one of them ended."""
 
 
 class UserError(ValueError):
@@ -13,7 +17,17 @@ class UserError(ValueError):
 
 
 def report(error: UserError) -> int:
-    """Print the sentence once per run, and return the exit code of a user's mistake."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print the sentence once per run, and return the exit code of a user's mistake.
+
+    Rank 0 says it at once. The other ranks wait, and are ended meanwhile by torchrun if rank 0 met
+    the same mistake; if it did not (a file that one node does not see), the node's first rank says
+    it.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(HEAD_START)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
     return 2

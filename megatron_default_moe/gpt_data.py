@@ -4,6 +4,8 @@ Megatron's wheel holds the datasets but not the entry script that feeds them; th
 for plain pretraining.
 """
 
+import contextlib
+import errno
 import functools
 import json
 import pathlib
@@ -27,6 +29,8 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
+
+from megatron_default_moe.errors import UserError
 
 _FIELDS = ("attention_mask", "labels", "loss_mask", "position_ids", "tokens")
 
@@ -78,6 +82,21 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
     )
 
 
+@contextlib.contextmanager
+def _unwritable_index_files_named() -> Iterator[None]:
+    """Megatron wraps what the system said of a folder it may not write to into a bare Exception."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__
+        if not isinstance(cause, PermissionError) and getattr(cause, "errno", 0) != errno.EROFS:
+            raise
+        raise UserError(
+            f"--data-cache-path: the index files of the data cannot be written ({cause}); name a"
+            " folder that all ranks see and may write to (by default they are beside the data)"
+        ) from error
+
+
 def datasets_provider(config: TransformerConfig) -> Callable[..., tuple[Any, Any, Any]]:
     """Return the function with which ``pretrain`` builds train, validation and test datasets."""
 
@@ -91,9 +110,10 @@ def datasets_provider(config: TransformerConfig) -> Callable[..., tuple[Any, Any
             )
 
         dataset = MockGPTDataset if args.mock_data else GPTDataset
-        built: tuple[Any, Any, Any] = BlendedMegatronDatasetBuilder(
-            dataset, num_samples, built_here, dataset_config(args)
-        ).build()
+        with _unwritable_index_files_named():
+            built: tuple[Any, Any, Any] = BlendedMegatronDatasetBuilder(
+                dataset, num_samples, built_here, dataset_config(args)
+            ).build()
         return built
 
     provide.is_distributed = True  # type: ignore[attr-defined]

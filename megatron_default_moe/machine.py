@@ -75,6 +75,8 @@ class Machine:
     memlock: int = resource.RLIM_INFINITY
     """Bytes a process may pin."""
     open_files: int = resource.RLIM_INFINITY
+    adapters: tuple[str, ...] = ()
+    """InfiniBand and RoCE adapters that this process can open."""
     pip_constraint: str = ""
 
 
@@ -101,8 +103,7 @@ def look(gpu: bool = True) -> Machine:
             )
     megatron = _folder("megatron.core")
     if megatron is not None:
-        info = runpy.run_path(str(megatron / "package_info.py"))
-        facts.update(megatron=tuple(info["VERSION"][:3]))
+        facts.update(megatron=_version_in(megatron / "package_info.py"))
         facts.update(megatron_training=(megatron.parent / "training" / "training.py").exists())
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         facts.update(dataset_helper=(megatron / "datasets" / f"helpers_cpp{suffix}").exists())
@@ -119,6 +120,7 @@ def look(gpu: bool = True) -> Machine:
         pip_constraint=os.environ.get("PIP_CONSTRAINT", ""),
         memlock=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        adapters=_adapters(),
         **facts,
     )
 
@@ -144,6 +146,16 @@ def _driver() -> str | None:
     return found.group(1) if found else "of unknown version"
 
 
+def _adapters() -> tuple[str, ...]:
+    """The kernel lists them in every container; only with /dev/infiniband can they be used."""
+    if not os.path.isdir("/dev/infiniband"):
+        return ()
+    try:
+        return tuple(sorted(os.listdir("/sys/class/infiniband")))
+    except OSError:
+        return ()
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in DISTRIBUTIONS:
@@ -162,6 +174,14 @@ def _folder(name: str) -> Path | None:
         return None
     places = list(spec.submodule_search_locations or ()) if spec else []
     return Path(places[0]) if places else None
+
+
+def _version_in(file: Path) -> Version | None:
+    """What Megatron-Core says of itself, or None if this is something else of its name."""
+    try:
+        return tuple(runpy.run_path(str(file))["VERSION"][:3])
+    except (OSError, KeyError):
+        return None
 
 
 def _import_error(name: str) -> str | None:

@@ -509,3 +509,18 @@ def test_a_newer_checkpoint_that_does_not_persist_is_the_one(
 def test_object_storage_is_taken_at_the_users_word(arguments: Arguments) -> None:
     options = RouterGradientConfig(from_baseline=True)
     assert checkpoint.prepare_load(arguments("--load", "msc://bucket/run"), options) == options
+
+
+# Before anything is saved
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(
+    tmp_path: pathlib.Path, arguments: Arguments
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match=f"^--save {file}/run: no checkpoint can be written there"):
+        checkpoint.prepare_save(arguments("--save", file / "run"))
+    checkpoint.prepare_save(arguments("--save", tmp_path / "new" / "run"))
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+    checkpoint.prepare_save(arguments())

@@ -191,6 +191,14 @@ def test_limits_of_the_container():
     assert found(endless, "ulimit -n").verdict == "ok"
 
 
+def test_adapters_to_other_nodes_matter_on_gpus_only():
+    assert "InfiniBand" not in [finding.what for finding in examine(CPU)]
+    missing = found(HOPPER, "InfiniBand")
+    assert (missing.verdict, "--device=/dev/infiniband" in missing.way_out) == ("off", True)
+    there = dataclasses.replace(HOPPER, adapters=("mlx5_0", "mlx5_1"))
+    assert str(found(there, "InfiniBand")) == "ok: InfiniBand - mlx5_0 mlx5_1"
+
+
 def test_version_reads_numbers():
     assert version("2.17.1+4fe7b07") == (2, 17, 1)
     assert version("13.0") == (13, 0)
@@ -215,6 +223,16 @@ def test_whose_apex_it_is(tmp_path, monkeypatch, nvidia):
     monkeypatch.syspath_prepend(tmp_path)
     machine = look()
     assert (machine.apex_present, machine.apex_is_nvidia) == (True, nvidia)
+
+
+def test_another_package_of_megatrons_name_is_not_megatron(tmp_path):
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    for folder in (core, core.parent):
+        (folder / "__init__.py").write_text("")
+    done = run(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "bad: megatron-core - not found - pip install" in done.stdout
 
 
 def test_an_import_that_raises_oserror_becomes_a_fact(tmp_path, monkeypatch):
