@@ -79,11 +79,11 @@ def start(args: Any, options: RouterGradientConfig) -> RouterGradientConfig:
         The options for the model's config (see ``checkpoint.prepare_load``).
 
     Raises:
-        UserError: nothing can be saved, or the checkpoint cannot be loaded, or it has no default
-            vectors and nobody said it may.
+        UserError: the checkpoint cannot be loaded, or has no default vectors and nobody said it
+            may; or nothing can be saved.
     """
-    checkpoint.prepare_save(args)
     options = checkpoint.prepare_load(args, options)
+    checkpoint.prepare_save(args)
     patches.install()
     set_moe_metrics_tracker(_tracker(args))
     return options

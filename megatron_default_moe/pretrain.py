@@ -13,7 +13,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_default_moe import cpu, errors
@@ -126,6 +126,7 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
         cpu.install()
         _say("no CUDA device: running on the CPU (gloo)")
     else:
+        _refuse_ranks_without_gpu(os.environ)
         cpu.use_wheel_dataset_helpers()
     from megatron_default_moe import patches, support
     from megatron_default_moe.config import options_from_args
@@ -144,6 +145,18 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
     support.check(parsed, options)
     _refuse_no_data(parsed)
     return megatron_args(argv), options
+
+
+def _refuse_ranks_without_gpu(environment: Mapping[str, str]) -> None:
+    """Such a rank ends in 'invalid device ordinal', and the others in whatever that leads to."""
+    import torch
+
+    ranks, gpus = int(environment.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:
+        raise UserError(
+            f"torchrun starts {ranks} ranks on a node with {gpus} GPUs: --nproc-per-node {gpus}"
+            f" (with examples/launch/torchrun.sh: PROCESSES_PER_NODE={gpus})"
+        )
 
 
 def _refuse_no_data(args: Any) -> None:

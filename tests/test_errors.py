@@ -1,8 +1,9 @@
-"""A user's mistake is said once, by rank 0, unless only another node met it."""
+"""A mistake is said once, by rank 0, unless only another node met it; before a GPU is touched."""
 
 import pytest
+import torch
 
-from megatron_default_moe import UserError, errors
+from megatron_default_moe import UserError, errors, pretrain
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,11 @@ def test_who_says_it(
     assert errors.report(UserError("no such flag")) == 2
     assert capsys.readouterr().err == said
     assert slept == waited
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match=r"8 ranks on a node with 4 GPUs: --nproc-per-node 4 "):
+        pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "8"})
+    pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "4"})
+    pretrain._refuse_ranks_without_gpu({})
