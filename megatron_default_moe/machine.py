@@ -7,6 +7,7 @@ imported, as the last fact, only where a GPU is usable. Nothing here judges; ``d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -157,12 +158,12 @@ def _adapters() -> tuple[str, ...]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        # NVIDIA and PyTorch have named their builds of Triton like this.
+        for also in (name, f"pytorch-{name}"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.setdefault(name, importlib.metadata.version(also))
     return found
 
 

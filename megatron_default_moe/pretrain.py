@@ -7,6 +7,7 @@ ends in one sentence and exit code 2, before any work is done.
 
 import argparse
 import errno
+import importlib
 import logging
 import os
 import shutil
@@ -20,6 +21,8 @@ from megatron_default_moe import cpu, errors
 from megatron_default_moe.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+NO_FUSION = "--no-gradient-accumulation-fusion"
 
 
 def _rank() -> int:
@@ -141,10 +144,22 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
         argv, chosen = cpu_flags.apply(parser, argv)
         _say(f"chosen for the CPU: {' '.join(chosen)}")
     parsed = parser.parse_args(argv)
+    if not on_cpu and parsed.gradient_accumulation_fusion and not _fused_weight_gradient():
+        _say(f"no Apex: chosen {NO_FUSION}")
+        argv = [*argv, NO_FUSION]
     options = options_from_args(parsed)
     support.check(parsed, options)
     _refuse_no_data(parsed)
     return megatron_args(argv), options
+
+
+def _fused_weight_gradient() -> bool:
+    """Whether Apex's kernel is there: without it Megatron refuses its own default for any model."""
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except ImportError:
+        return False
+    return True
 
 
 def _refuse_ranks_without_gpu(environment: Mapping[str, str]) -> None:

@@ -260,3 +260,13 @@ def test_the_command_passes_here_and_fails_with_the_wrong_apex(tmp_path):
     done = run(PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert done.returncode == 1
     assert done.stdout.endswith("training cannot run here: Apex\n")
+
+
+def test_triton_by_another_name(monkeypatch):
+    def version_of(name):
+        if name == "pytorch-triton":
+            return "3.7.1+nv"
+        raise facts.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(facts.importlib.metadata, "version", version_of)
+    assert facts._versions() == {"triton": "3.7.1+nv"}
