@@ -7,6 +7,7 @@ ends in one sentence and exit code 2, before any work is done.
 
 import argparse
 import errno
+import importlib
 import logging
 import os
 import shutil
@@ -139,11 +140,34 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
 
         argv, chosen = cpu_flags.apply(parser, argv)
         _say(f"chosen for the CPU: {' '.join(chosen)}")
+    else:
+        argv = without_missing_kernel(argv)
     parsed = parser.parse_args(argv)
     options = options_from_args(parsed)
     support.check(parsed, options)
     _refuse_no_data(parsed)
     return megatron_args(argv), options
+
+
+def without_missing_kernel(argv: list[str]) -> list[str]:
+    """Turn fused gradient accumulation off where its kernel is missing.
+
+    It is on by default, and Megatron's output layer then refuses to be built without NVIDIA Apex.
+
+    Args:
+        argv: the command line, configuration files already expanded.
+
+    Returns:
+        The command line to go on with.
+    """
+    flag = "--no-gradient-accumulation-fusion"
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except ImportError:
+        if flag not in argv:
+            _say(f"chosen: {flag} (the fused kernel is Apex's, which is not there)")
+            return [*argv, flag]
+    return argv
 
 
 def _refuse_no_data(args: Any) -> None:
