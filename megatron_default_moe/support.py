@@ -75,6 +75,10 @@ class Settings:
         shared = modules >= routing and self.cuda_graph_impl == "transformer_engine"
         return bool(modules & routing) and not shared
 
+    def environment(self, name: str) -> str | None:
+        """Return an environment variable, which some settings of libraries are."""
+        return os.environ.get(name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -180,6 +184,22 @@ RULES: tuple[Rule, ...] = (
         "--default-vector-weighting uniform divides expert outputs by small probabilities, which"
         " amplifies the rounding of FP8 and FP4: --default-vector-weighting router does not",
         lambda s: s.options.weighting == "uniform" and (s.fp8 or s.fp4),
+    ),
+    Rule(
+        "--fp8-recipe delayed without NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1",
+        "warned",
+        "--fp8-recipe delayed (the default of --fp8-format) saves its scales as a pickle, which"
+        " Transformer Engine 2.17 refuses to load: set NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 for"
+        " checkpoints that you trust, or this run cannot be resumed; --fp8-recipe tensorwise saves"
+        " none",
+        # Arguments only, so that it is said once.
+        lambda s: (
+            s.num_experts
+            and s.fp8
+            and s.fp8_recipe == "delayed"
+            and s.environment("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE") != "1"
+        ),
+        topk_too=True,
     ),
     Rule(
         "--tensor-model-parallel-size above 1 without --sequence-parallel",

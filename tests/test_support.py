@@ -59,8 +59,12 @@ TRIGGERS = {
         f"{GOOD} --moe-router-force-biased 0",
     ],
     "--default-vector-weighting uniform with FP8 or FP4": [
-        f"{GOOD} --default-vector-weighting uniform --fp8-format hybrid",
+        f"{GOOD} --default-vector-weighting uniform --fp8-format hybrid --fp8-recipe blockwise",
         f"{GOOD} --default-vector-weighting uniform --fp4-format e2m1",
+    ],
+    "--fp8-recipe delayed without NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1": [
+        f"{GOOD} --fp8-format hybrid",
+        f"{GOOD} --fp8-format e4m3 --fp8-recipe delayed",
     ],
     "--tensor-model-parallel-size above 1 without --sequence-parallel": [
         f"{GOOD} --tensor-model-parallel-size 2",
@@ -142,11 +146,11 @@ FP8 = f"{TE} --fp8-format hybrid --fp8-recipe"
 
 HARMLESS = {
     "grouped GEMM": TE,
-    "FP8, delayed scaling": f"{FP8} delayed",
+    "a recipe without FP8": f"{TE} --fp8-recipe delayed",
     "FP8, current scaling": f"{FP8} tensorwise",
     "FP8, blockwise": f"{FP8} blockwise",
     "FP8, MX": f"{FP8} mxfp8 --fp8-param-gather",
-    "router padding": f"{FP8} delayed --moe-router-padding-for-quantization",
+    "router padding": f"{FP8} tensorwise --moe-router-padding-for-quantization",
     "permute fusion": f"{TE} --moe-permute-fusion",
     "router fusion": f"{TE} --moe-router-fusion",
     "operation fuser": f"{TE} --use-transformer-engine-op-fuser",
@@ -170,7 +174,7 @@ HARMLESS = {
     "top-1": TOP1,
     "TP with SP": f"{GOOD} --tensor-model-parallel-size 2 --sequence-parallel",
     "uniform weighting in BF16": f"{GOOD} --default-vector-weighting uniform --bf16",
-    "router weighting in FP8": f"{GOOD} --fp8-format hybrid",
+    "router weighting in FP8": f"{GOOD} --fp8-format hybrid --fp8-recipe tensorwise",
     "CUDA graphs of attention": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp"
     ),
@@ -449,6 +453,15 @@ def test_topk_accepts_a_config_that_default_vectors_cannot_use() -> None:
     dense = transformer_config(num_moe_experts=None, moe_ffn_hidden_size=None)
     with pytest.raises(UserError, match="--num-experts is missing"):
         support.check(dense, RouterGradientConfig(gradient="topk"))
+
+
+def test_the_scales_of_delayed_scaling_can_be_loaded_where_that_was_allowed(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"{FP8} delayed"
+    assert len(set_off(parser, line)) == 1
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    assert set_off(parser, line) == []
 
 
 def test_the_documentation_shows_this_table() -> None:
