@@ -202,6 +202,21 @@ RULES: tuple[Rule, ...] = (
         topk_too=True,
     ),
     Rule(
+        "--use-transformer-engine-op-fuser without NVTE_CUTEDSL_FUSED_GROUPED_MLP=1",
+        "refused",
+        "--use-transformer-engine-op-fuser takes gated experts only with"
+        " NVTE_CUTEDSL_FUSED_GROUPED_MLP=1 in the environment, or Megatron stops when it builds"
+        " them: set it, or drop the flag",
+        # Arguments only: later, Megatron says so itself.
+        lambda s: (
+            s.use_transformer_engine_op_fuser
+            and s.num_experts
+            and (s.swiglu or s.quick_geglu)
+            and s.environment("NVTE_CUTEDSL_FUSED_GROUPED_MLP") in (None, "0")
+        ),
+        topk_too=True,
+    ),
+    Rule(
         "--tensor-model-parallel-size above 1 without --sequence-parallel",
         "refused",
         "--sequence-parallel is needed with --tensor-model-parallel-size above 1: Megatron trains"

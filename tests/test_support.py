@@ -66,6 +66,10 @@ TRIGGERS = {
         f"{GOOD} --fp8-format hybrid",
         f"{GOOD} --fp8-format e4m3 --fp8-recipe delayed",
     ],
+    "--use-transformer-engine-op-fuser without NVTE_CUTEDSL_FUSED_GROUPED_MLP=1": [
+        f"{GOOD} --swiglu --use-transformer-engine-op-fuser",
+        f"{GOOD} --quick-geglu --use-transformer-engine-op-fuser",
+    ],
     "--tensor-model-parallel-size above 1 without --sequence-parallel": [
         f"{GOOD} --tensor-model-parallel-size 2",
     ],
@@ -455,12 +459,19 @@ def test_topk_accepts_a_config_that_default_vectors_cannot_use() -> None:
         support.check(dense, RouterGradientConfig(gradient="topk"))
 
 
-def test_the_scales_of_delayed_scaling_can_be_loaded_where_that_was_allowed(
-    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "line"),
+    [
+        ("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", f"{FP8} delayed"),
+        ("NVTE_CUTEDSL_FUSED_GROUPED_MLP", f"{TE} --swiglu --use-transformer-engine-op-fuser"),
+    ],
+)
+def test_what_the_environment_allows_passes_in_silence(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, variable: str, line: str
 ) -> None:
-    line = f"{FP8} delayed"
+    monkeypatch.delenv(variable, raising=False)
     assert len(set_off(parser, line)) == 1
-    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    monkeypatch.setenv(variable, "1")
     assert set_off(parser, line) == []
 
 
