@@ -8,8 +8,9 @@ optimizer, bf16, with Transformer Engine's grouped experts where that is install
 vocabulary are cut alike until all ways of training fit one GPU of 80 GB beside each other, so that
 layers, embedding and output keep their shares of a step. Each model has a process of its own, in
 which TopK, Default, and Default with the fused kernels take alternating blocks of steps. The
-learning rate is zero: all keep the weights they started from, which are the same, and so the
-routing. The results go to docs/results/gpu_step.md, model by model.
+learning rate is zero: all keep the weights they started from, which are the same. The routing is
+the same in the first layer, and nearly so in the next ones, whose input the default vectors change.
+The results go to docs/results/gpu_step.md, model by model.
 """
 
 import argparse
