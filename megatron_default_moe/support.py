@@ -61,18 +61,25 @@ class Settings:
         return [getattr(module, "name", str(module)) for module in modules]
 
     @property
+    def graph_impl(self) -> str:
+        """Who makes CUDA graphs, also by the two flags that were there before."""
+        if self.external_cuda_graph:
+            return "transformer_engine"
+        return "local" if self.enable_cuda_graph else self.cuda_graph_impl or "none"
+
+    @property
     def graphs_hide_routing(self) -> bool:
         """Whether a replayed graph hides the routing from the rest of the layer.
 
         Transformer Engine's graph of routing and preprocessing hands it on; no other does.
         """
-        if self.cuda_graph_impl in (None, "none"):
+        if self.graph_impl == "none":
             return False
         routing, modules = {"moe_router", "moe_preprocess"}, set(self.graph_modules)
         # No module at all means the whole layer, or the whole step.
         if not modules or modules - routing - {"attn", "mlp"}:
             return True
-        shared = modules >= routing and self.cuda_graph_impl == "transformer_engine"
+        shared = modules >= routing and self.graph_impl == "transformer_engine"
         return bool(modules & routing) and not shared
 
     def environment(self, name: str) -> str | None:

@@ -94,6 +94,8 @@ TRIGGERS = {
     ],
     "--cuda-graph-modules other than attn, mlp, and moe_router moe_preprocess together": [
         f"{GOOD} --cuda-graph-impl local",
+        f"{GOOD} --enable-cuda-graph",
+        f"{GOOD} --external-cuda-graph --cuda-graph-modules attn moe_router",
         f"{GOOD} --cuda-graph-impl full_iteration",
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
         f"{GOOD} --cuda-graph-impl local --cuda-graph-modules moe_router moe_preprocess",
@@ -184,6 +186,9 @@ HARMLESS = {
     ),
     "CUDA graphs by the flag's old name": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-scope attn"
+    ),
+    "CUDA graphs by the old name of their maker": (
+        f"{GOOD} --external-cuda-graph --cuda-graph-modules attn moe_router moe_preprocess"
     ),
     "CUDA graphs of attention and routing": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router"
@@ -279,7 +284,7 @@ def test_every_setting_behind_a_name_of_settings_exists(parser: argparse.Argumen
     known |= {field.name for field in dataclasses.fields(TransformerConfig)}
     properties = [item for item in vars(support.Settings).values() if isinstance(item, property)]
     read = {name for item in properties for name in item.fget.__code__.co_names}
-    other = {"isinstance", "str", "list", "getattr", "set", "bool", "graph_modules"}
+    other = {"isinstance", "str", "list", "getattr", "set", "bool", "graph_modules", "graph_impl"}
     assert len(properties) >= 6
     assert read - other <= known
 
