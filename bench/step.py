@@ -123,6 +123,15 @@ def chosen_for_device(te: bool) -> list[str]:
     return [word for pair in words if pair[0] != "--distributed-backend" for word in pair if word]
 
 
+def launches_if_counted(arm: arms.Arm, tokens: Any) -> list[int]:
+    """:func:`launches`; zeros where the profiler fails, which must not cost the times."""
+    try:
+        return launches(arm, tokens)
+    except Exception as error:
+        print(f"no launches were counted: {error}", flush=True)
+        return [0, 0]
+
+
 def launches(arm: arms.Arm, tokens: Any) -> list[int]:
     """What one micro-batch starts on the device, forward and backward; see :func:`counted`."""
 
@@ -177,7 +186,7 @@ def work(shape: Shape, tiny: bool, rounds: int, steps: int, until: float) -> Non
     seconds = pairs.alternate(
         list(built), lambda name: built[name].block(tokens, steps), rounds, until
     )
-    counts = {name: launches(arm, tokens[0]) for name, arm in built.items()}
+    counts = {name: launches_if_counted(arm, tokens[0]) for name, arm in built.items()}
     rows = table(shape, args, seconds, counts)
     if torch.cuda.is_available():
         rows.append(f"peak memory of all: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
