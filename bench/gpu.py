@@ -12,6 +12,7 @@ gpu_step.md to docs/results or to DIR, each as soon as it has something to say.
 import argparse
 import concurrent.futures
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -26,8 +27,12 @@ import gpu_page
 import pairs
 import step
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pairs.ROOT
 NEEDS_DEVICE = "bench/gpu.py needs a CUDA device, and there is none"
+NEEDS_PACKAGE = (
+    "bench/gpu.py runs with the packages of its own Python, and this one has no {}: name another,"
+    " make gpu PYTHON=..."
+)
 SHARES = (0.43, 0.65, 0.98)
 """When the tests, the kernels and the steps must have ended, of the whole time."""
 GRACE = 30.0
@@ -102,16 +107,7 @@ def _run(part: Part, logs: pathlib.Path) -> str:
     print(f"--- the end of {log.name}\n{tail}", flush=True)
     if code is None:
         return f"{part.name}: stopped for want of time {after}"
-    return f"{part.name}: {anonymous(step.reason(code, tail))} {after}"
-
-
-def anonymous(text: str) -> str:
-    """Without the places of this checkout and of Python on this machine."""
-    return (
-        text.replace(sys.executable, "python")
-        .replace(f"{ROOT}{os.sep}", "")
-        .replace(sys.prefix, "PREFIX")
-    )
+    return f"{part.name}: {pairs.anonymous(step.reason(code, tail))} {after}"
 
 
 def read(records: pathlib.Path) -> list[gpu_page.Result]:
@@ -121,7 +117,7 @@ def read(records: pathlib.Path) -> list[gpu_page.Result]:
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("\n"):
                 result = json.loads(line)
-                results.append({**result, "reason": anonymous(result["reason"])})
+                results.append({**result, "reason": pairs.anonymous(result["reason"])})
     return results
 
 
@@ -177,6 +173,10 @@ def main() -> None:
     )
     pairs.add_out(parser)
     given = parser.parse_args()
+    for package in ("torch", "megatron"):
+        if importlib.util.find_spec(package) is None:
+            print(NEEDS_PACKAGE.format(package), file=sys.stderr)
+            sys.exit(2)
     import torch
 
     if not torch.cuda.is_available():

@@ -7,13 +7,16 @@ beside it is one ratio; what is reported is the median of the ratios, with quart
 import argparse
 import importlib.metadata
 import math
+import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-RESULTS = pathlib.Path(__file__).resolve().parent.parent / "docs" / "results"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
 """Where the benches write to unless told otherwise."""
 FEWEST = 3
 """Rounds that are run whatever they take: fewer have no quartiles worth the name."""
@@ -91,7 +94,16 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def anonymous(text: str) -> str:
+    """Without the places of this checkout and of Python on this machine."""
+    return (
+        text.replace(sys.executable, "python")
+        .replace(f"{ROOT}{os.sep}", "")
+        .replace(sys.prefix, "PREFIX")
+    )
+
+
 def write(page: pathlib.Path, lines: Sequence[str]) -> None:
-    """Write a page of results, its folder too."""
+    """Write a page of results, its folder too; it names no place on this machine."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join([*lines, ""]))
+    page.write_text(anonymous("\n".join([*lines, ""])))

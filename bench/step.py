@@ -8,8 +8,9 @@ optimizer, bf16, with Transformer Engine's grouped experts where that is install
 vocabulary are cut alike until all ways of training fit one GPU of 80 GB beside each other, so that
 layers, embedding and output keep their shares of a step. Each model has a process of its own, in
 which TopK, Default, and Default with the fused kernels take alternating blocks of steps. The
-learning rate is zero: all keep the weights they started from, which are the same, and so the
-routing. The results go to docs/results/gpu_step.md, model by model.
+learning rate is zero: all keep the weights they started from, which are the same. The routing is
+the same in the first layer, and nearly so in the next ones, whose input the default vectors change.
+The results go to docs/results/gpu_step.md, model by model.
 """
 
 import argparse
@@ -122,6 +123,15 @@ def chosen_for_device(te: bool) -> list[str]:
     return [word for pair in words if pair[0] != "--distributed-backend" for word in pair if word]
 
 
+def launches_if_counted(arm: arms.Arm, tokens: Any) -> list[int]:
+    """:func:`launches`; zeros where the profiler fails, which must not cost the times."""
+    try:
+        return launches(arm, tokens)
+    except Exception as error:
+        print(f"no launches were counted: {error}", flush=True)
+        return [0, 0]
+
+
 def launches(arm: arms.Arm, tokens: Any) -> list[int]:
     """What one micro-batch starts on the device, forward and backward; see :func:`counted`."""
 
@@ -176,7 +186,7 @@ def work(shape: Shape, tiny: bool, rounds: int, steps: int, until: float) -> Non
     seconds = pairs.alternate(
         list(built), lambda name: built[name].block(tokens, steps), rounds, until
     )
-    counts = {name: launches(arm, tokens[0]) for name, arm in built.items()}
+    counts = {name: launches_if_counted(arm, tokens[0]) for name, arm in built.items()}
     rows = table(shape, args, seconds, counts)
     if torch.cuda.is_available():
         rows.append(f"peak memory of all: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

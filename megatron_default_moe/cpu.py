@@ -3,7 +3,8 @@
 Megatron asks for a CUDA device by name in many places: ``device="cuda"``, ``.cuda()``, streams, the
 CUDA generator, an assertion. Without a device, `install` points those names at their CPU
 counterparts (`cpu_stand_ins`), so that ``megatron.training.pretrain`` runs unchanged over gloo.
-Every name it replaces is a row of `REPLACEMENTS`; with a GPU it replaces nothing.
+Every name it replaces is a row of `REPLACEMENTS`, and `HIDDEN` are the libraries it keeps out of
+Megatron's sight; with a GPU it does nothing.
 ``torch.cuda.is_available()`` keeps telling the truth.
 
 `cpu_flags` chooses, or refuses, the command line flags that go with it.
@@ -17,6 +18,7 @@ import importlib.util
 import logging
 import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -39,6 +41,11 @@ class Replacement:
     """Builds the replacement from the original."""
 
 
+HIDDEN = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+"""Libraries that an image may hold and only a GPU can use. Importing Transformer Engine without a
+driver raises OSError, where Megatron catches ImportError; where its import works, Megatron calls
+its kernels, also from modules of its own."""
+
 _originals: dict[str, Any] = {}
 
 
@@ -57,6 +64,7 @@ def install() -> bool:
         return False
     if _originals:
         return True
+    _hide_libraries()
     # Compiled functions then run as written, also those made before this call or in a child.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Torch's optimizers import it anyway, and it takes stock of torch's names when imported.
@@ -71,6 +79,12 @@ def install() -> bool:
     tracker_log.addFilter(stand_ins.is_not_generator_warning)
     logger.debug("no CUDA device: CPU runtime installed, %d names replaced", len(REPLACEMENTS))
     return True
+
+
+def _hide_libraries() -> None:
+    for name in HIDDEN:
+        # What Python itself writes for a module that cannot be found: an ImportError follows.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def use_wheel_dataset_helpers() -> bool:
@@ -108,6 +122,7 @@ def planning_on_meta() -> Iterator[None]:
 
 def prepare_checkpoint_worker() -> Callable[..., None]:
     """Replace in the checkpoint writer's process what it meets; return upstream's loop."""
+    _hide_libraries()
     # Not the whole table, which would import the training package into every writer.
     _replace(row for row in REPLACEMENTS if row.target.startswith("torch."))
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller

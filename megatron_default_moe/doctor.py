@@ -183,11 +183,9 @@ def _transformer_engine(machine: Machine, building_image: bool) -> Iterator[Find
         reason = "depends on the GPU"
         yield Finding("ok", what, f"{installed} is installed")
     elif not machine.gpus:
-        # Megatron catches ImportError only; the missing driver is an OSError.
         reason = "needs a GPU"
-        why = f"{installed} is installed, and without a driver its import fails inside Megatron's"
-        way_out = "start the container with GPUs, or pip uninstall transformer-engine"
-        yield Finding("bad", what, why, f"{way_out} (and its -cu, -torch parts) to train on a CPU")
+        why = f"{installed} is installed, and left aside by training on the CPU"
+        yield Finding("off", what, why, "on a GPU host: start the container with --gpus all")
     elif machine.te_error:
         reason = "Transformer Engine is broken"
         way_out = "reinstall it for this torch and CUDA, or use the NGC image"
@@ -243,7 +241,7 @@ def _apex(machine: Machine) -> Iterator[Finding]:
     if machine.wgrad_kernel:
         yield Finding("ok", what, "fused_weight_gradient_mlp_cuda is installed")
     elif machine.gpus:
-        way_out = "nothing to do: --no-gradient-accumulation-fusion is chosen by itself"
+        way_out = "--no-gradient-accumulation-fusion is chosen by itself"
         yield Finding("off", what, "needs Apex", way_out)
     else:
         yield Finding("off", what, "needs Apex and a GPU", "chosen by itself on a CPU")

@@ -73,9 +73,12 @@ class FusedDefaultMoERouter(DefaultMoERouter):
 
         Arguments and result as in :meth:`DefaultMoERouter.add_default_term`.
         """
-        scores_TE, probs_TE, map_TE = self.routed_scores, self.routed_probs, self.routed_map
-        if scores_TE is None or probs_TE is None or map_TE is None or not self.uses_vectors:
+        if not self.uses_vectors:
             return super().add_default_term(output)
+        scores_TE, probs_TE, map_TE = self.routed_scores, self.routed_probs, self.routed_map
+        assert scores_TE is not None, "the routing of this micro-batch is not known"
+        assert probs_TE is not None
+        assert map_TE is not None
         scale = self.config.moe_router_topk_scaling_factor or 1.0
         if self.score_function != "softmax":
             scores_TE, scale = self._dense(), None

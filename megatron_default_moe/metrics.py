@@ -32,7 +32,8 @@ NAMES = (
 - default-vector norm: mean over experts of ||Ê_i||.
 - default-vector staleness: mean over this step's experts of ||Ê_i - m_i|| / ||m_i||, Ê_i before
   the step and m_i the step's own mean output.
-- default-vector share: root of (sum ||default term||^2 / sum ||layer output||^2) over the tokens.
+- default-vector share: root of (sum ||default term||^2 / sum ||layer output||^2) over the tokens;
+  the output of the routed experts, and with --moe-shared-expert-overlap of the shared one, too.
 - default-vector rejected: expert updates rejected as not finite since the process started.
 - router entropy: mean over tokens of the entropy of the routing distribution, in nats.
 - load max/mean: tokens of the busiest expert over the mean.

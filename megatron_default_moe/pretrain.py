@@ -22,8 +22,6 @@ from megatron_default_moe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-NO_FUSION = "--no-gradient-accumulation-fusion"
-
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
@@ -143,23 +141,13 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
 
         argv, chosen = cpu_flags.apply(parser, argv)
         _say(f"chosen for the CPU: {' '.join(chosen)}")
+    else:
+        argv = without_missing_kernel(argv)
     parsed = parser.parse_args(argv)
-    if not on_cpu and parsed.gradient_accumulation_fusion and not _fused_weight_gradient():
-        _say(f"no Apex: chosen {NO_FUSION}")
-        argv = [*argv, NO_FUSION]
     options = options_from_args(parsed)
     support.check(parsed, options)
     _refuse_no_data(parsed)
     return megatron_args(argv), options
-
-
-def _fused_weight_gradient() -> bool:
-    """Whether Apex's kernel is there: without it Megatron refuses its own default for any model."""
-    try:
-        importlib.import_module("fused_weight_gradient_mlp_cuda")
-    except ImportError:
-        return False
-    return True
 
 
 def _refuse_ranks_without_gpu(environment: Mapping[str, str]) -> None:
@@ -172,6 +160,27 @@ def _refuse_ranks_without_gpu(environment: Mapping[str, str]) -> None:
             f"torchrun starts {ranks} ranks on a node with {gpus} GPUs: --nproc-per-node {gpus}"
             f" (with examples/launch/torchrun.sh: PROCESSES_PER_NODE={gpus})"
         )
+
+
+def without_missing_kernel(argv: list[str]) -> list[str]:
+    """Turn fused gradient accumulation off where its kernel is missing.
+
+    It is on by default, and Megatron's output layer then refuses to be built without NVIDIA Apex.
+
+    Args:
+        argv: the command line, configuration files already expanded.
+
+    Returns:
+        The command line to go on with.
+    """
+    flag = "--no-gradient-accumulation-fusion"
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except ImportError:
+        if flag not in argv:
+            _say(f"chosen: {flag} (the fused kernel is Apex's, which is not there)")
+            return [*argv, flag]
+    return argv
 
 
 def _refuse_no_data(args: Any) -> None:

@@ -46,7 +46,8 @@ class ObservedTopKRouter(TopKRouter):
         # Set by calibrate.py: evaluation passes count, as one step without gradients.
         self.calibrating = False
         # Between this router's forward and the end of its layer's, all [T, E]: the logits that were
-        # routed (with a normalised gate the probabilities of all experts), with their gradient;
+        # routed (with a normalised gate the probabilities of all experts), with their gradient
+        # where default vectors give them one;
         self.routed_scores: Tensor | None = None
         # what the experts' outputs are multiplied by, without it; and the chosen experts.
         self.routed_probs: Tensor | None = None
@@ -111,7 +112,8 @@ class ObservedTopKRouter(TopKRouter):
             scores_TE = self.dense_probs(scores_TE)
             active_TE = map_TE & (probs_TE != 0)
             probs_TE = functional.replace_active_probs(probs_TE, active_TE, scores_TE)
-        self.routed_scores = scores_TE
+        # Only default vectors give them a gradient; for others a graph would carry one of zeros.
+        self.routed_scores = scores_TE if self.options.uses_default_vectors else scores_TE.detach()
         self.routed_probs = probs_TE.detach()
         self.routed_map = map_TE
         return probs_TE, map_TE
@@ -125,7 +127,7 @@ class ObservedTopKRouter(TopKRouter):
 
     def _dense(self) -> Tensor:
         """[T, E] the micro-batch's probabilities of all experts, see :meth:`dense_probs`."""
-        assert self.routed_scores is not None
+        assert self.routed_scores is not None, "the routing of this micro-batch is not known"
         if self.options.normalized_gate:
             return self.routed_scores
         return self.dense_probs(self.routed_scores)
@@ -338,8 +340,12 @@ class DefaultMoERouter(ObservedTopKRouter):
 
         Returns:
             The same shape and dtype; the argument itself where no default vectors are used.
+
+        Raises:
+            AssertionError: the micro-batch's routing has not come here. Without it the term would
+                be left out of this layer, unnoticed.
         """
-        if self.routed_scores is None or not self.uses_vectors:
+        if not self.uses_vectors:
             return super().add_default_term(output)
         inactive_TE = functional.inactive_probs(self._dense(), self._active())
         self._forget_routing()

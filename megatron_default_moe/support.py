@@ -61,18 +61,25 @@ class Settings:
         return [getattr(module, "name", str(module)) for module in modules]
 
     @property
+    def graph_impl(self) -> str:
+        """Who makes CUDA graphs, also by the two flags that were there before."""
+        if self.external_cuda_graph:
+            return "transformer_engine"
+        return "local" if self.enable_cuda_graph else self.cuda_graph_impl or "none"
+
+    @property
     def graphs_hide_routing(self) -> bool:
         """Whether a replayed graph hides the routing from the rest of the layer.
 
         Transformer Engine's graph of routing and preprocessing hands it on; no other does.
         """
-        if self.cuda_graph_impl in (None, "none"):
+        if self.graph_impl == "none":
             return False
         routing, modules = {"moe_router", "moe_preprocess"}, set(self.graph_modules)
         # No module at all means the whole layer, or the whole step.
         if not modules or modules - routing - {"attn", "mlp"}:
             return True
-        shared = modules >= routing and self.cuda_graph_impl == "transformer_engine"
+        shared = modules >= routing and self.graph_impl == "transformer_engine"
         return bool(modules & routing) and not shared
 
     @property
@@ -89,6 +96,10 @@ class Settings:
             return False
         # On a single stage the last of the two counts.
         return sum(named[-stages:]) != self.num_layers
+
+    def environment(self, name: str) -> str | None:
+        """Return an environment variable, which some settings of libraries are."""
+        return os.environ.get(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +211,37 @@ RULES: tuple[Rule, ...] = (
         "--default-vector-weighting uniform divides expert outputs by small probabilities, which"
         " amplifies the rounding of FP8 and FP4: --default-vector-weighting router does not",
         lambda s: s.options.weighting == "uniform" and (s.fp8 or s.fp4),
+    ),
+    Rule(
+        "--fp8-recipe delayed without NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1",
+        "warned",
+        "--fp8-recipe delayed (the default of --fp8-format) saves its scales as a pickle, which"
+        " Transformer Engine 2.17 refuses to load: set NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 for"
+        " checkpoints that you trust, or this run cannot be resumed; --fp8-recipe tensorwise saves"
+        " none",
+        # Arguments only, so that it is said once.
+        lambda s: (
+            s.num_experts
+            and s.fp8
+            and s.fp8_recipe == "delayed"
+            and s.environment("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE") != "1"
+        ),
+        topk_too=True,
+    ),
+    Rule(
+        "--use-transformer-engine-op-fuser without NVTE_CUTEDSL_FUSED_GROUPED_MLP=1",
+        "refused",
+        "--use-transformer-engine-op-fuser takes gated experts only with"
+        " NVTE_CUTEDSL_FUSED_GROUPED_MLP=1 in the environment, or Megatron stops when it builds"
+        " them: set it, or drop the flag",
+        # Arguments only: later, Megatron says so itself.
+        lambda s: (
+            s.use_transformer_engine_op_fuser
+            and s.num_experts
+            and (s.swiglu or s.quick_geglu)
+            and s.environment("NVTE_CUTEDSL_FUSED_GROUPED_MLP") in (None, "0")
+        ),
+        topk_too=True,
     ),
     Rule(
         "--tensor-model-parallel-size above 1 without --sequence-parallel",

@@ -10,7 +10,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def run_tests(name: str, *flags: str, **environment: str) -> None:
     """Run ``tests/<name>`` with pytest; its output is the failure."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    # The caller's own paths stay: Transformer Engine and Megatron may lie there.
+    given = os.environ.get("PYTHONPATH", "")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), given])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     # What this process is to pytest-xdist is none of that one's business.
     environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}

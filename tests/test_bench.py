@@ -71,6 +71,15 @@ def test_launches_beyond_the_stock_layers() -> None:
     assert step.extra([0, 14], [0, 8], 3).startswith("not measured")
 
 
+def test_a_profiler_that_fails_costs_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(step, "counted", fail)
+    none = step.launches_if_counted(None, None)
+    assert step.extra(none, none, 2) == "not measured: the profiler saw none"
+
+
 def test_without_a_device_the_bench_says_so() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "bench/step.py"],

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import logging
 import multiprocessing
+import os
 import pathlib
 import pkgutil
 import subprocess
@@ -67,6 +68,25 @@ assert "megatron" not in sys.modules
 """
     root = pathlib.Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", program], cwd=root, check=True, timeout=120)
+
+
+def test_a_transformer_engine_that_finds_no_driver_is_left_aside(tmp_path: pathlib.Path):
+    """Its import raises OSError, in the trainer and in the process that writes checkpoints."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise OSError("libcuda.so.1: cannot open")')
+    program = """
+from megatron_default_moe import cpu
+cpu.{start}()
+from megatron.core.models.gpt import gpt_layer_specs
+assert not gpt_layer_specs.HAVE_TE
+"""
+    root = pathlib.Path(__file__).parent.parent
+    path = [str(root), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    for start in ("install", "prepare_checkpoint_worker"):
+        command = [sys.executable, "-W", "ignore", "-c", program.format(start=start)]
+        subprocess.run(command, env=environment, check=True, timeout=120)
 
 
 # -- Devices, streams and compilation --------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Contract: with ``--cuda-graph-modules moe_router moe_preprocess`` outputs, gradients, committed
 vectors and logged metrics are those of the run without graphs, to the bit; capturing adds nothing
-to any sum.
+to any sum. What is handed on has a gradient only where default vectors give it one; a layer that
+gets no routing says so.
 
 Without a GPU a twin of the layer stands for its graph, see ``twin_graphs.py``.
 """
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import build_transformer_layer
+from building import build_layer, build_transformer_layer
 from torch import Tensor
 from twin_graphs import GRAPHS, give_graph
 
@@ -77,3 +78,19 @@ def test_graphs_of_the_router_change_nothing(name: str) -> None:
     actual = trained(layer)
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_topk_hands_on_no_gradient() -> None:
+    x = inputs(0)
+    for gradient, expected in (("topk", False), ("default", True)):
+        router = build_layer(gradient=gradient).router
+        router(x)
+        carried = [getattr(router, name).requires_grad for name in router.carried]
+        assert carried == [expected, False, False]
+
+
+def test_a_layer_that_gets_no_routing_says_so() -> None:
+    layer, x = build_layer().eval(), inputs(0)
+    y, _ = layer(x)
+    with pytest.raises(AssertionError, match="routing of this micro-batch is not known"):
+        layer.router.add_default_term(y)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_default_moe import cpu, pretrain
 
+NO_FUSION = "--no-gradient-accumulation-fusion"
 LINE = (
     "--num-experts 8 --moe-router-topk 1 --moe-router-pre-softmax --mock-data"
     " --moe-router-load-balancing-type aux_loss"
@@ -38,8 +39,8 @@ def test_without_apex_its_kernel_is_not_asked_for(
     prepared: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain.prepare(LINE.split())
-    pretrain.prepare([*LINE.split(), pretrain.NO_FUSION])
-    assert prepared == [[*LINE.split(), pretrain.NO_FUSION]] * 2
+    pretrain.prepare([*LINE.split(), NO_FUSION])
+    assert prepared == [[*LINE.split(), NO_FUSION]] * 2
     assert (
         capsys.readouterr().out.count("> no Apex: chosen --no-gradient-accumulation-fusion\n") == 1
     )

@@ -7,11 +7,13 @@ line that names the file and the line or the flag, with the nearest flag where o
 
 import argparse
 import pathlib
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
 
-from megatron_default_moe import UserError, cpu, flags
+from megatron_default_moe import UserError, cpu, flags, pretrain
 from megatron_default_moe.config import add_router_gradient_args, options_from_args
 
 Expand = Callable[..., list[str]]
@@ -343,3 +345,30 @@ def test_mistakes_with_a_base(
 ) -> None:
     run = write(tmp_path, run=text, other="base: run.yaml", wrong="num-layerz: 3")
     assert words in refusal(lambda: flags.expand_config(parser, ["--config", str(run)]))
+
+
+# -- On a GPU --------------------------------------------------------------------------------------
+
+ON_A_GPU = (
+    "--num-layers 1 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --micro-batch-size 1"
+    " --max-position-embeddings 8 --lr 0.1 --train-iters 2 --mock-data --num-experts 2"
+    " --moe-router-topk 1 --moe-router-pre-softmax --tokenizer-type NullTokenizer --vocab-size 9"
+    " --transformer-impl local --disable-bias-linear"
+)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "there"])
+def test_without_its_kernel_fused_gradient_accumulation_is_turned_off(
+    there: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "fused_weight_gradient_mlp_cuda"
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name) if there else None)
+    monkeypatch.setattr(cpu, "needed", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    # Megatron keeps the arguments it validated in a global variable, and refuses a second time.
+    monkeypatch.setattr(pretrain, "megatron_args", lambda argv: argv)
+    argv, _ = pretrain.prepare(ON_A_GPU.split())
+    assert pretrain.build_parser().parse_args(argv).gradient_accumulation_fusion == there
+    assert ("> chosen: --no-gradient-accumulation-fusion (" in capsys.readouterr().out) != there

@@ -1,6 +1,6 @@
 """``make gpu``: its page, its bounds in time, what it records; none of which needs a GPU.
 
-Contract: docs/results/gpu.md is what is written when nothing was measured; every GPU test belongs
+Contract: docs/results/gpu.md has the rows of today, measured or not; every GPU test belongs
 to one row and every row has tests; results become numbers, failures and reasons; a program is ended
 with all its children when its time is over, and the others go on.
 """
@@ -35,10 +35,28 @@ def row(page: list[str], what: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
+def parts_that_stay(page: list[str]) -> list[tuple[str, str]]:
+    """What each row is about, and its command: all that no measurement changes."""
+    rows = [line.split("|") for line in page if line.startswith("| ")]
+    assert [len(cells) for cells in rows] == [6] * len(rows)
+    return [(cells[1], cells[-2]) for cells in rows]
+
+
 def test_the_page_is_current() -> None:
-    page = (pairs.RESULTS / gpu_page.PAGE).read_text()
-    assert page == "\n".join([*gpu_page.lines([]), ""]), "write it with `make gpu`"
-    assert page.count("| not measured |") == len(gpu_page.ROWS)
+    page = (pairs.RESULTS / gpu_page.PAGE).read_text().splitlines()
+    assert parts_that_stay(page) == parts_that_stay(gpu_page.lines([])), "write it with `make gpu`"
+
+
+def test_a_measured_page_is_current_too() -> None:
+    """Else the first results would break the tests."""
+    passed = result(f"{gpu_page.LAYER}::test_constant_experts", "passed", [[1e-4, 1e-2]])
+    failed = result(f"{gpu_page.KERNELS}::test_one", "failed", reason="a reason")
+    measured = gpu_page.lines([passed, failed], "`make gpu`. A GPU.", ["a program: ended well"])
+    empty = gpu_page.lines([])
+    assert parts_that_stay(measured) == parts_that_stay(empty)
+    assert "\n".join(empty).count("| not measured |") == len(gpu_page.ROWS)
+    without_a_row = [line for line in measured if not line.startswith("| constant experts")]
+    assert parts_that_stay(without_a_row) != parts_that_stay(empty)
 
 
 def test_every_gpu_test_is_in_one_row() -> None:
@@ -191,6 +209,28 @@ def test_no_test_begins_when_the_time_is_over(tmp_path: pathlib.Path) -> None:
     )
     (found,) = gpu.read(tmp_path)
     assert (found["outcome"], found["reason"]) == ("skipped", recording.OUT_OF_TIME)
+
+
+def test_a_python_without_torch_is_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "bench/gpu.py"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = gpu.NEEDS_PACKAGE.format("torch")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (2, "", said)
+
+
+def test_a_page_names_no_place_on_this_machine(tmp_path: pathlib.Path) -> None:
+    places = [str(ROOT / "bench" / "gpu.py"), sys.executable, f"{sys.prefix}/lib/x.so"]
+    pairs.write(tmp_path / "page.md", places)
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("bench/gpu.py\npython\n")
+    assert str(ROOT) not in text
+    assert sys.prefix not in text
 
 
 def test_without_a_device_it_says_so() -> None:

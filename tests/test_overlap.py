@@ -17,11 +17,18 @@ from building import build_layer, build_model
 from megatron.core.models.common import utils as plan_nodes
 from megatron.core.pipeline_parallel import utils
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from twin_graphs import GRAPHS, give_graph
 
 from megatron_default_moe import commit, default_vectors, overlap, reduce_step_sums
 
 pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture(autouse=True)
+def no_loss_scale_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron keeps one in its class: of another shape without a schedule, and for ever."""
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
 
 
 def layer_and_input(**settings: Any) -> tuple[Any, torch.Tensor]:

@@ -25,6 +25,8 @@ from megatron_default_moe.plan.cards import CARDS
 from megatron_default_moe.plan.memory import RESERVED
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Transformer Engine and Megatron may lie in folders of their own (tests/gpu/README.md).
+PYTHONPATH = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.yaml"))
 VOCABULARY = 128256
 
@@ -394,7 +396,7 @@ def test_the_command_prints_the_plan_or_one_sentence() -> None:
         return subprocess.run(
             [sys.executable, "tools/plan.py", "examples/7.33b-8c1.yaml", *flags],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
             timeout=300,

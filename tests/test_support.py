@@ -59,8 +59,16 @@ TRIGGERS = {
         f"{GOOD} --moe-router-force-biased 0",
     ],
     "--default-vector-weighting uniform with FP8 or FP4": [
-        f"{GOOD} --default-vector-weighting uniform --fp8-format hybrid",
+        f"{GOOD} --default-vector-weighting uniform --fp8-format hybrid --fp8-recipe blockwise",
         f"{GOOD} --default-vector-weighting uniform --fp4-format e2m1",
+    ],
+    "--fp8-recipe delayed without NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1": [
+        f"{GOOD} --fp8-format hybrid",
+        f"{GOOD} --fp8-format e4m3 --fp8-recipe delayed",
+    ],
+    "--use-transformer-engine-op-fuser without NVTE_CUTEDSL_FUSED_GROUPED_MLP=1": [
+        f"{GOOD} --swiglu --use-transformer-engine-op-fuser",
+        f"{GOOD} --quick-geglu --use-transformer-engine-op-fuser",
     ],
     "--tensor-model-parallel-size above 1 without --sequence-parallel": [
         f"{GOOD} --tensor-model-parallel-size 2",
@@ -86,6 +94,8 @@ TRIGGERS = {
     ],
     "--cuda-graph-modules other than attn, mlp, and moe_router moe_preprocess together": [
         f"{GOOD} --cuda-graph-impl local",
+        f"{GOOD} --enable-cuda-graph",
+        f"{GOOD} --external-cuda-graph --cuda-graph-modules attn moe_router",
         f"{GOOD} --cuda-graph-impl full_iteration",
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
         f"{GOOD} --cuda-graph-impl local --cuda-graph-modules moe_router moe_preprocess",
@@ -155,11 +165,11 @@ FP8 = f"{TE} --fp8-format hybrid --fp8-recipe"
 
 HARMLESS = {
     "grouped GEMM": TE,
-    "FP8, delayed scaling": f"{FP8} delayed",
+    "a recipe without FP8": f"{TE} --fp8-recipe delayed",
     "FP8, current scaling": f"{FP8} tensorwise",
     "FP8, blockwise": f"{FP8} blockwise",
     "FP8, MX": f"{FP8} mxfp8 --fp8-param-gather",
-    "router padding": f"{FP8} delayed --moe-router-padding-for-quantization",
+    "router padding": f"{FP8} tensorwise --moe-router-padding-for-quantization",
     "permute fusion": f"{TE} --moe-permute-fusion",
     "router fusion": f"{TE} --moe-router-fusion",
     "operation fuser": f"{TE} --use-transformer-engine-op-fuser",
@@ -183,12 +193,15 @@ HARMLESS = {
     "top-1": TOP1,
     "TP with SP": f"{GOOD} --tensor-model-parallel-size 2 --sequence-parallel",
     "uniform weighting in BF16": f"{GOOD} --default-vector-weighting uniform --bf16",
-    "router weighting in FP8": f"{GOOD} --fp8-format hybrid",
+    "router weighting in FP8": f"{GOOD} --fp8-format hybrid --fp8-recipe tensorwise",
     "CUDA graphs of attention": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp"
     ),
     "CUDA graphs by the flag's old name": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-scope attn"
+    ),
+    "CUDA graphs by the old name of their maker": (
+        f"{GOOD} --external-cuda-graph --cuda-graph-modules attn moe_router moe_preprocess"
     ),
     "CUDA graphs of attention and routing": (
         f"{GOOD} --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router"
@@ -284,7 +297,8 @@ def test_every_setting_behind_a_name_of_settings_exists(parser: argparse.Argumen
     known |= {field.name for field in dataclasses.fields(TransformerConfig)}
     properties = [item for item in vars(support.Settings).values() if isinstance(item, property)]
     read = {name for item in properties for name in item.fget.__code__.co_names}
-    other = {"isinstance", "str", "list", "getattr", "set", "bool", "graph_modules", "len", "sum"}
+    other = {"isinstance", "str", "list", "getattr", "set", "bool", "graph_modules", "graph_impl"}
+    other |= {"len", "sum"}
     assert len(properties) >= 6
     assert read - other <= known
 
@@ -462,6 +476,22 @@ def test_topk_accepts_a_config_that_default_vectors_cannot_use() -> None:
     dense = transformer_config(num_moe_experts=None, moe_ffn_hidden_size=None)
     with pytest.raises(UserError, match="--num-experts is missing"):
         support.check(dense, RouterGradientConfig(gradient="topk"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "line"),
+    [
+        ("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", f"{FP8} delayed"),
+        ("NVTE_CUTEDSL_FUSED_GROUPED_MLP", f"{TE} --swiglu --use-transformer-engine-op-fuser"),
+    ],
+)
+def test_what_the_environment_allows_passes_in_silence(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, variable: str, line: str
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    assert len(set_off(parser, line)) == 1
+    monkeypatch.setenv(variable, "1")
+    assert set_off(parser, line) == []
 
 
 def test_the_documentation_shows_this_table() -> None:

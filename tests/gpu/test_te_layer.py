@@ -93,10 +93,15 @@ TE_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", [*OPTIONS, *TE_OPTIONS])
 def test_committed_vectors_are_the_mean_outputs(
-    one: Implementation, name: str, close: Close
+    one: Implementation, name: str, close: Close, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name in TE_OPTIONS and not one.te:
         pytest.skip("an option of Transformer Engine")
+    if name == "op-fuser" and one.fp8_recipe == "blockwise":
+        pytest.skip("Transformer Engine's operation fuser knows no blockwise FP8")
+    # Megatron takes the fuser for SwiGLU experts only with this; where the chip has no such kernel,
+    # Transformer Engine runs the operations one by one.
+    monkeypatch.setenv("NVTE_CUTEDSL_FUSED_GROUPED_MLP", "1")
     if name == "uniform" and one.fp8_recipe:
         pytest.skip("uniform weighting divides FP8 rows by their probability: warned of, not exact")
     settings = {**OPTIONS, **TE_OPTIONS}[name]
@@ -201,8 +206,10 @@ def test_constant_experts_make_a_dense_mixture(one: Implementation, close: Close
 
 
 def test_a_checkpoint_brings_every_bit_back(
-    one: Implementation, tmp_path: Any, close: Close
+    one: Implementation, tmp_path: Any, close: Close, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The scales of delayed scaling are a pickle, which Transformer Engine 2.17 distrusts.
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     layer = build(one, beta=0.5)
     step(layer, tokens(one, 1), tokens(one, 2))
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
@@ -228,6 +235,8 @@ def test_recomputation_counts_every_token_once(
 ) -> None:
     if module == "moe_act" and not one.te:
         pytest.skip("an option of grouped experts")
+    if module == "moe_act" and one.fp8_recipe == "delayed":
+        pytest.skip("Megatron refuses this recomputation with delayed scaling")
     recompute = {"recompute_granularity": "selective", "recompute_modules": RECOMPUTED[module]}
     results = []
     for settings in ({}, recompute):

@@ -1,7 +1,8 @@
 """Short runs of the entry point: a way of running may change the speed, and nothing else.
 
-Contract: losses and the norm of the default vectors are those of the plain run, step by step,
-within a tolerance. One row runs on the CPU, so that the test's own logic is known to work.
+Contract: losses, the norm of the default vectors and that of the gradient are those of the plain
+run, step by step, within a tolerance. One row runs on the CPU, so that the test's own logic is
+known to work; another test shows that a router gradient lost in a graph would be seen.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from implementations import skip_without_kernels
@@ -34,7 +35,10 @@ MODEL = (
     " --no-gradient-accumulation-fusion"
 )
 TE = "--transformer-impl transformer_engine --moe-grouped-gemm --bf16"
+# Outputs of the experts, and so default vectors, that matter to the router from the first steps on.
+LARGE = "--init-method-std 0.1"
 GRAPHS = f"{TE} --cuda-graph-impl transformer_engine --te-rng-tracker --cuda-graph-warmup-steps 2"
+GRAPHS_TOLERANCE = 5e-3
 RUNS = {
     "cpu-full-recompute": (
         "",
@@ -46,21 +50,25 @@ RUNS = {
         f"{TE} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         2e-3,
     ),
-    "graphs-of-attention": (TE, f"{GRAPHS} --cuda-graph-modules attn", 2e-3),
+    "graphs-of-attention": (
+        f"{TE} {LARGE}",
+        f"{GRAPHS} {LARGE} --cuda-graph-modules attn",
+        GRAPHS_TOLERANCE,
+    ),
     "graphs-of-attention-and-mlp": (
-        f"{TE} --moe-layer-freq ([0,1])",
-        f"{GRAPHS} --cuda-graph-modules attn mlp --moe-layer-freq ([0,1])",
-        2e-3,
+        f"{TE} {LARGE} --moe-layer-freq ([0,1])",
+        f"{GRAPHS} {LARGE} --cuda-graph-modules attn mlp --moe-layer-freq ([0,1])",
+        GRAPHS_TOLERANCE,
     ),
     "graphs-of-attention-and-routing": (
-        TE,
-        f"{GRAPHS} --cuda-graph-modules attn moe_router moe_preprocess",
-        2e-3,
+        f"{TE} {LARGE}",
+        f"{GRAPHS} {LARGE} --cuda-graph-modules attn moe_router moe_preprocess",
+        GRAPHS_TOLERANCE,
     ),
     "graphs-of-routing-with-kernels": (
-        f"{TE} --default-vector-kernels",
-        f"{GRAPHS} --cuda-graph-modules moe_router moe_preprocess --default-vector-kernels",
-        2e-3,
+        f"{TE} {LARGE} --default-vector-kernels",
+        f"{GRAPHS} {LARGE} --cuda-graph-modules moe_router moe_preprocess --default-vector-kernels",
+        GRAPHS_TOLERANCE,
     ),
     "fused-permute-and-router": (TE, f"{TE} --moe-permute-fusion --moe-router-fusion", 2e-3),
     "overlapped-wgrad": (TE, f"{TE} --overlap-dispatch-backward-with-experts-wgrad", 2e-3),
@@ -75,10 +83,24 @@ RUNS = {
 """Flags of the plain run, flags of the other, and the relative tolerance (chosen, not measured)."""
 
 
-def train(flags: str) -> list[tuple[float, float]]:
-    """Loss and vector norm of every step."""
+ENTRY = ("-m", "megatron_default_moe.pretrain")
+WITHOUT_GRADIENT = (
+    "-c",
+    """
+import runpy
+from megatron_default_moe import functional
+whole = functional.inactive_probs
+functional.inactive_probs = lambda probs, active: whole(probs.detach(), active)
+runpy.run_module("megatron_default_moe.pretrain", run_name="__main__")
+""",
+)
+"""The entry, its default vectors without a way back to the router."""
+
+
+def train(flags: str, program: Sequence[str] = ENTRY) -> list[tuple[float, ...]]:
+    """Loss, vector norm and gradient norm of every step."""
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_default_moe.pretrain", *MODEL.split(), *flags.split()],
+        [sys.executable, *program, *MODEL.split(), *flags.split()],
         cwd=ROOT,
         env={
             **os.environ,
@@ -90,13 +112,18 @@ def train(flags: str) -> list[tuple[float, float]]:
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = re.findall(r"lm loss: (\S+).*default-vector norm: (\S+)", done.stdout)
+    names = ("lm loss", "default-vector norm", "grad norm")
+    found = re.findall(".*".join(rf"{name}: (\S+)" for name in names), done.stdout)
     assert len(found) == 6, done.stdout[-3000:]
-    return [(float(loss), float(norm)) for loss, norm in found]
+    return [tuple(map(float, step)) for step in found]
+
+
+def relative(actual: float, expected: float) -> float:
+    return abs(actual - expected) / abs(expected)
 
 
 @pytest.fixture(scope="module")
-def trained() -> Callable[[str], list[tuple[float, float]]]:
+def trained() -> Callable[[str], list[tuple[float, ...]]]:
     """:func:`train`, once for the same flags: most rows are compared with the same plain run."""
     return functools.cache(train)
 
@@ -121,16 +148,25 @@ def test_the_flags_exist_and_are_accepted(name: str) -> None:
 )
 def test_losses_and_vectors_stay(
     name: str,
-    trained: Callable[[str], list[tuple[float, float]]],
+    trained: Callable[[str], list[tuple[float, ...]]],
     within: Callable[[float, float], None],
 ) -> None:
     plain, other, tolerance = RUNS[name]
     if not name.startswith("cpu"):
         pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
-    if name == "triton-kernels":
+    if "kernels" in name:
         skip_without_kernels()
     expected = trained(plain)
     assert expected[0][1] < expected[-1][1], "the vectors stood still"
     for actual_step, expected_step in zip(trained(other), expected, strict=True):
         for actual, value in zip(actual_step, expected_step, strict=True):
-            within(abs(actual - value) / abs(value), tolerance)
+            within(relative(actual, value), tolerance)
+
+
+@pytest.mark.launch
+def test_a_gradient_that_is_lost_would_show() -> None:
+    """Else the rows of graphs, where it travels through the graph, could not fail."""
+    whole, lost = train(LARGE), train(LARGE, WITHOUT_GRADIENT)
+    assert whole[0] == lost[0], "the first step has no default vectors yet"
+    steps = zip(lost, whole, strict=True)
+    assert max(max(map(relative, *step)) for step in steps) > 3 * GRAPHS_TOLERANCE
