@@ -194,3 +194,34 @@ def _flag(parser: argparse.ArgumentParser, path: pathlib.Path, key: str, value: 
     text = str(value)
     # As one word, a value with a leading dash is no flag.
     return [f"{name}={text}"] if text.startswith("-") else [name, text]
+
+
+SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "context_parallel_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+)
+"""What Megatron divides by, or builds nothing from if it is zero."""
+
+
+def refuse_empty_sizes(args: argparse.Namespace) -> None:
+    """Refuse a size of a model or a layout that is zero or negative.
+
+    Args:
+        args: Megatron's arguments, parsed and not yet validated.
+
+    Raises:
+        UserError: with the flag.
+    """
+    for name in SIZES:
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {size}")

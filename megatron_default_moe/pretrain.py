@@ -131,7 +131,7 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
         cpu.use_wheel_dataset_helpers()
     from megatron_default_moe import patches, support
     from megatron_default_moe.config import options_from_args
-    from megatron_default_moe.flags import expand_config
+    from megatron_default_moe.flags import expand_config, refuse_empty_sizes
 
     patches.check_version()
     parser = build_parser()
@@ -144,6 +144,7 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
     else:
         argv = without_missing_kernel(argv)
     parsed = parser.parse_args(argv)
+    refuse_empty_sizes(parsed)
     options = options_from_args(parsed)
     support.check(parsed, options)
     _refuse_no_data(parsed)
@@ -155,7 +156,8 @@ def _refuse_ranks_without_gpu(environment: Mapping[str, str]) -> None:
     import torch
 
     ranks, gpus = int(environment.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if ranks > gpus:
+    # Only under torchrun, whose ranks all see the node's GPUs and take the one of their number.
+    if ranks > gpus and "TORCHELASTIC_RUN_ID" in environment:
         raise UserError(
             f"torchrun starts {ranks} ranks on a node with {gpus} GPUs: --nproc-per-node {gpus}"
             f" (with examples/launch/torchrun.sh: PROCESSES_PER_NODE={gpus})"

@@ -36,8 +36,10 @@ def test_who_says_it(
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "1"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match=r"8 ranks on a node with 4 GPUs: --nproc-per-node 4 "):
-        pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "8"})
-    pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "4"})
+        pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "8", **torchrun})
+    pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "4", **torchrun})
+    pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "8"})
     pretrain._refuse_ranks_without_gpu({})

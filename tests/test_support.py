@@ -16,6 +16,7 @@ import pytest
 
 from megatron_default_moe import RouterGradientConfig, UserError, cpu, support
 from megatron_default_moe.config import add_router_gradient_args, options_from_args
+from megatron_default_moe.settings import Settings
 
 GOOD = (
     "--num-experts 8 --moe-router-topk 2 --moe-router-pre-softmax"
@@ -245,7 +246,7 @@ def check(parser: argparse.ArgumentParser, line: str) -> None:
 
 def set_off(parser: argparse.ArgumentParser, line: str) -> list[support.Rule]:
     args = parser.parse_args(line.split())
-    settings = support.Settings(args, options_from_args(args))
+    settings = Settings(args, options_from_args(args))
     return [rule for rule in support.RULES if rule.applies(settings)]
 
 
@@ -284,7 +285,7 @@ def test_every_setting_a_rule_reads_exists(
     """A misspelt setting would read as None, and its half of the rule never apply."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    known = set(vars(parser.parse_args([]))) | set(vars(support.Settings)) | {"options"}
+    known = set(vars(parser.parse_args([]))) | set(vars(Settings)) | {"options"}
     known |= {field.name for field in dataclasses.fields(TransformerConfig)}
     known |= {field.name for field in dataclasses.fields(RouterGradientConfig)}
     assert set(rule.applies.__code__.co_names) - {"set", "len", "list", "isinstance"} <= known
@@ -295,7 +296,7 @@ def test_every_setting_behind_a_name_of_settings_exists(parser: argparse.Argumen
 
     known = set(vars(parser.parse_args([])))
     known |= {field.name for field in dataclasses.fields(TransformerConfig)}
-    properties = [item for item in vars(support.Settings).values() if isinstance(item, property)]
+    properties = [item for item in vars(Settings).values() if isinstance(item, property)]
     read = {name for item in properties for name in item.fget.__code__.co_names}
     other = {"isinstance", "str", "list", "getattr", "set", "bool", "graph_modules", "graph_impl"}
     other |= {"len", "sum"}

@@ -21,6 +21,7 @@ import torch
 from megatron_default_moe.config import RouterGradientConfig, options_from_args
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.plan.cards import Card
+from megatron_default_moe.settings import Settings
 
 ASSUMED_TE_VERSION = "2.14.0"
 """Transformer Engine's version while Megatron checks the flags; the lowest it asks for anywhere."""
@@ -132,22 +133,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "context_parallel_size",
-    "micro_batch_size",
-    "global_batch_size",
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "seq_length",
-)
-"""What a plan divides by, or has nothing to say about if it is zero."""
-
-
 def parse(argv: list[str], gpus: int) -> argparse.Namespace:
     """Parse a command line of the training entry, ``--config`` included.
 
@@ -161,17 +146,13 @@ def parse(argv: list[str], gpus: int) -> argparse.Namespace:
     from megatron.training.arguments import parse_args
 
     from megatron_default_moe import pretrain
-    from megatron_default_moe.flags import expand_config
+    from megatron_default_moe.flags import expand_config, refuse_empty_sizes
 
     parser = pretrain.build_parser()
     argv = expand_config(parser, argv)
-    parser.parse_args(argv)
+    refuse_empty_sizes(parser.parse_args(argv))
     with quiet(), _replaced(sys, "argv", ["plan", *argv]):
         args = parse_args(pretrain.add_flags)
-    for name in _SIZES:
-        size = getattr(args, name)
-        if size is not None and size < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {size}")
     args.rank, args.world_size = 0, gpus
     return args
 
@@ -282,7 +263,7 @@ def _check_division(args: argparse.Namespace, options: RouterGradientConfig) -> 
             f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size"
             f" {args.micro_batch_size} x data parallelism {dp}"
         )
-    if support.Settings(args, options).layers_without_a_stage:
+    if Settings(args, options).layers_without_a_stage:
         raise LayoutError(support.LAYERS_WITHOUT_A_STAGE)
 
 
