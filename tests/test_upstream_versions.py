@@ -19,6 +19,10 @@ pytestmark = pytest.mark.full
 
 RELEASED = ("0.19.0", "0.19.1", "0.19.2")
 BEFORE = "0.18.2"
+# Until 0.19.2 the context of low precision had another name there; nothing else differs.
+_SCHEDULE = "megatron.core.models.common.model_chunk_schedule_plan.TransformerLayerSchedulePlan.run"
+LOOKED_AT = {"0.19.0": (_SCHEDULE,), "0.19.1": (_SCHEDULE,)}
+"""Code that differs from 0.19.2's without a consequence here, by version."""
 
 
 def install(requirement: str, folder: pathlib.Path) -> None:
@@ -52,12 +56,15 @@ def test_a_released_version_is_as_expected_and_computes_the_formula(
     install(f"megatron-core=={version}", tmp_path)
     table = installed_table(tmp_path)
     assert table["version"] == version, "the wheel in the folder is not the one in use"
-    found = upstream.differences(expected_table(), table)
+    differing = upstream.differences(expected_table(), table)
+    found = [line for line in differing if not line.startswith(LOOKED_AT.get(version, ()))]
     assert not found, "\n".join(found)
+    assert len(differing) == len(LOOKED_AT.get(version, ())), "LOOKED_AT names too much"
     tests = ["tests/test_layer.py", "-k", "formula or stock or mean_outputs"]
     done = run_python(["-m", "pytest", "-q", "-W", "ignore", *tests], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
-    done = run_python(["-m", "pytest", "-q", "-W", "ignore", "tests/test_mtp.py"], tmp_path)
+    others = ["tests/test_mtp.py", "tests/test_cuda_graphs.py", "tests/test_overlap.py"]
+    done = run_python(["-m", "pytest", "-q", "-W", "ignore", *others], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
