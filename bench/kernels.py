@@ -24,8 +24,6 @@ import torch
 
 PAGE = "gpu_kernels.md"
 NEEDS_DEVICE = "bench/kernels.py needs a CUDA device, and there is none (--bytes needs none)"
-
-
 FAILED = "failed"
 
 
@@ -126,7 +124,7 @@ def kernel_rows(shape: Shape, bandwidth: float) -> Iterator[str]:
 
 
 def build_layer(shape: Shape, gradient: str) -> Any:
-    """One Megatron MoE layer in bf16: grouped GEMM where Transformer Engine is installed."""
+    """One MoE layer in bf16, ``topk`` stock Megatron's; grouped GEMM with Transformer Engine."""
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -134,7 +132,6 @@ def build_layer(shape: Shape, gradient: str) -> Any:
     from megatron_default_moe import RouterGradientConfig
     from megatron_default_moe.model import attach, with_default_moe
 
-    options = RouterGradientConfig(gradient=gradient, kernels=True)  # type: ignore[arg-type]
     grouped = gpt_layer_specs.HAVE_TE
     config = TransformerConfig(
         num_layers=1,
@@ -161,8 +158,12 @@ def build_layer(shape: Shape, gradient: str) -> Any:
         whole = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(shape.experts, True)
     else:
         whole = gpt_layer_specs.get_gpt_layer_local_spec(shape.experts, False)
-    attach(config, options)
-    layer = with_default_moe(whole.submodules.mlp, options)(config=config)
+    spec = whole.submodules.mlp
+    if gradient == "default":
+        options = RouterGradientConfig(kernels=True)
+        attach(config, options)
+        spec = with_default_moe(spec, options)
+    layer = spec(config=config)
     layer.set_layer_number(1)
     return layer.to(torch.cuda.current_device()).bfloat16().train()
 

@@ -48,18 +48,18 @@ class _DefaultMoEDispatch:
 
 
 class DefaultMoEAllGatherTokenDispatcher(_DefaultMoEDispatch, MoEAllGatherTokenDispatcher):
-    """``--moe-token-dispatcher-type allgather`` with default vectors."""
+    """``--moe-token-dispatcher-type allgather``, connected with its router."""
 
 
 class DefaultMoEAlltoAllTokenDispatcher(_DefaultMoEDispatch, MoEAlltoAllTokenDispatcher):
-    """``--moe-token-dispatcher-type alltoall`` with default vectors."""
+    """``--moe-token-dispatcher-type alltoall``, connected with its router."""
 
 
 class DefaultMoEFlexTokenDispatcher(_DefaultMoEDispatch, MoEFlexTokenDispatcher):
-    """``--moe-token-dispatcher-type flex`` with default vectors."""
+    """``--moe-token-dispatcher-type flex``, connected with its router."""
 
 
-_WITH_DEFAULT_VECTORS: dict[type, type] = {
+_CONNECTED: dict[type, type] = {
     MoEAllGatherTokenDispatcher: DefaultMoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher: DefaultMoEAlltoAllTokenDispatcher,
     MoEFlexTokenDispatcher: DefaultMoEFlexTokenDispatcher,
@@ -76,7 +76,7 @@ def connect(dispatcher: MoETokenDispatcher, router: ObservedTopKRouter) -> None:
         dispatcher: one of Megatron's three.
         router: the layer's router.
     """
-    dispatcher.__class__ = _WITH_DEFAULT_VECTORS[type(dispatcher)]
+    dispatcher.__class__ = _CONNECTED[type(dispatcher)]
     dispatcher.router = router
     # Megatron's extension point for a CUDA graph of routing and preprocessing: the graph hands
     # these on to the rest of the layer, gradients included.
