@@ -118,7 +118,7 @@ def topk(args: Any) -> Arm:
 def default(args: Any, **changes: Any) -> Arm:
     """Default MoE with the options of the arguments; `changes` are fields of theirs."""
     from megatron_default_moe import pretrain
-    from megatron_default_moe.config import options_from_args
+    from megatron_default_moe.options.config import options_from_args
 
     options = dataclasses.replace(options_from_args(args), **changes)
     return Arm(args, pretrain.build_model_config(args, options))

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_default_moe import kernel_sums, kernels
+from megatron_default_moe.kernels import sums, term
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "docs/results/kernels_compiled.md"
 CAPABILITIES = (90, 100)
@@ -59,16 +59,16 @@ class Compiled(NamedTuple):
 def launches(num_experts: int, width: int) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """The three kernels with types and constants as the launchers choose them, for bf16."""
     constants = {"D": width, "E": num_experts, "SOFTMAX": True, "PRECISION": "bf16x3"}
-    forward = kernels.forward_blocks(TOKENS, width, num_experts)
-    backward = kernels.backward_blocks(width, num_experts)
+    forward = term.forward_blocks(TOKENS, width, num_experts)
+    backward = term.backward_blocks(width, num_experts)
     return [
         (
-            kernel_sums.statistics_kernel,
+            sums.statistics_kernel,
             SUMS,
-            {"UNIFORM": False, **kernel_sums.blocks(num_experts, num_experts)},
+            {"UNIFORM": False, **sums.blocks(num_experts, num_experts)},
         ),
-        (kernels.forward_kernel, TERM, {**constants, **forward}),
-        (kernels.backward_kernel, TERM, {**constants, **backward}),
+        (term.forward_kernel, TERM, {**constants, **forward}),
+        (term.backward_kernel, TERM, {**constants, **backward}),
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 PAGE = "gpu.md"
 NOT_MEASURED = "not measured"
 LAYER, TRAINING = "tests/gpu/test_te_layer.py", "tests/gpu/test_te_training.py"
-KERNELS = "tests/kernels_in_interpreter.py"
+KERNELS = "tests/kernels/kernels_in_interpreter.py"
 Result = dict[str, Any]
 """One line of ``recording``."""
 

@@ -63,15 +63,15 @@ def bytes_moved(shape: Shape) -> dict[str, int]:
 
 def partial_bytes(shape: Shape) -> int:
     """Bytes of partial sums the statistics kernel at most writes and reads again."""
-    from megatron_default_moe import kernel_sums
+    from megatron_default_moe.kernels import sums
 
-    _, chunks = kernel_sums.row_chunks(shape.tokens * shape.topk, shape.width)
+    _, chunks = sums.row_chunks(shape.tokens * shape.topk, shape.width)
     return 8 * (chunks + shape.experts) * shape.width
 
 
 def kernel_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
     """The three launches on random inputs of a shape, uneven loads included."""
-    from megatron_default_moe import kernel_sums, kernels
+    from megatron_default_moe.kernels import sums, term
 
     torch.manual_seed(0)
     tokens, experts, width = shape.tokens, shape.experts, shape.width
@@ -83,18 +83,18 @@ def kernel_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
     rows_RD = torch.randn(tokens * shape.topk, width, device="cuda").bfloat16()
     probs_R = torch.rand(len(rows_RD), device="cuda") + 0.1
     sizes = [(experts, width), (experts,), (experts,), (1,)]
-    out = kernel_sums.StatisticsOut(*(torch.zeros(size, device="cuda") for size in sizes))
-    tickets = torch.zeros(kernel_sums.num_tickets(experts, width), dtype=torch.int32, device="cuda")
+    out = sums.StatisticsOut(*(torch.zeros(size, device="cuda") for size in sizes))
+    tickets = torch.zeros(sums.num_tickets(experts, width), dtype=torch.int32, device="cuda")
     counts_e = map_TE.sum(0)
     output_TD = torch.randn(tokens, width, device="cuda").bfloat16()
     vectors_ED = torch.randn(experts, width, device="cuda")
     routed = (scores_TE, probs_TE, map_TE, vectors_ED)
     return {
-        "statistics": lambda: kernel_sums.add_statistics(
+        "statistics": lambda: sums.add_statistics(
             rows_RD, counts_e, probs_R, probs_TE, map_TE, "router", tickets, out
         ),
-        "term forward": lambda: kernels.add_default_term(output_TD, *routed, softmax_scale=1.0),
-        "term backward": lambda: kernels.scores_gradient(output_TD, *routed, 1.0),
+        "term forward": lambda: term.add_default_term(output_TD, *routed, softmax_scale=1.0),
+        "term backward": lambda: term.scores_gradient(output_TD, *routed, 1.0),
     }
 
 
@@ -130,7 +130,7 @@ def build_layer(shape: Shape, gradient: str) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_default_moe import RouterGradientConfig
-    from megatron_default_moe.model import attach, with_default_moe
+    from megatron_default_moe.loop.model import attach, with_default_moe
 
     grouped = gpt_layer_specs.HAVE_TE
     config = TransformerConfig(

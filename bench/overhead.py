@@ -109,9 +109,9 @@ def collectives(arm: arms.Arm, tokens: Any) -> Counter[str]:
 
 def state_bytes(arm: arms.Arm) -> int:
     """Bytes of buffers in one MoE layer's router."""
-    from megatron_default_moe import default_vectors
+    from megatron_default_moe.layers import optimizer_step
 
-    router = next(iter(default_vectors.routers(arm.model)))
+    router = next(iter(optimizer_step.routers(arm.model)))
     return sum(buffer.numel() * buffer.element_size() for buffer in router.buffers())
 
 

@@ -93,7 +93,7 @@ def without(argv: Iterable[str], flags: frozenset[str]) -> list[str]:
 
 def command_line(shape: Shape, te: bool, tiny: bool = False) -> list[str]:
     """Megatron's flags of a model on one GPU; Megatron must be ready to be imported."""
-    from megatron_default_moe.flags import expand_config
+    from megatron_default_moe.options.flags import expand_config
     from megatron_default_moe.pretrain import build_parser
 
     config = ROOT / "examples" / f"{shape.config}.yaml"
@@ -112,14 +112,14 @@ def command_line(shape: Shape, te: bool, tiny: bool = False) -> list[str]:
 
 def chosen_for_device(te: bool) -> list[str]:
     """Flags without which Megatron asks for libraries that this GPU machine does not have."""
-    from megatron_default_moe import cpu, cpu_flags
+    from megatron_default_moe.cpu import flag_choices, runtime
 
-    if cpu.needed():
+    if runtime.needed():
         return []  # the entry chooses them itself
     fusion = "--no-gradient-accumulation-fusion"
     if te:
         return [] if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") else [fusion]
-    words = [(choice.flag, choice.value) for choice in cpu_flags.CHOICES]
+    words = [(choice.flag, choice.value) for choice in flag_choices.CHOICES]
     return [word for pair in words if pair[0] != "--distributed-backend" for word in pair if word]
 
 
@@ -168,9 +168,11 @@ def work(shape: Shape, tiny: bool, rounds: int, steps: int, until: float) -> Non
     """Measure one model in this process; print its rows."""
     import torch
 
-    from megatron_default_moe import RouterGradientConfig, cpu, router_choice
+    from megatron_default_moe import RouterGradientConfig
+    from megatron_default_moe.cpu import runtime
+    from megatron_default_moe.layers import router_choice
 
-    cpu.install()
+    runtime.install()
     from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
     if shape.needs_te and not HAVE_TE:

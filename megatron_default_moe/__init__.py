@@ -1,12 +1,12 @@
 """Default MoE on Megatron-Core: a sparse Mixture of Experts whose router learns from every expert.
 
 The public API; everything else is an implementation detail. Names are imported on first use, so
-that ``megatron_default_moe.cpu`` can prepare a machine without a GPU before Megatron is imported.
+that ``cpu.runtime`` can prepare a machine without a GPU before Megatron is imported.
 
-    RouterGradientConfig              what the router learns from (config.py)
+    RouterGradientConfig              what the router learns from (options/config.py)
     attach                            validate the options and hook them into a TransformerConfig
     default_moe_spec                  Megatron's layer spec with this package's MoE layers
-    DefaultMoEGPTModelConfig          a GPTModelConfig that builds with them (model.py)
+    DefaultMoEGPTModelConfig          a GPTModelConfig that builds with them (loop/model.py)
     DefaultMoELayer, DefaultMoERouter, DefaultMoE{AllGather,AlltoAll,Flex}TokenDispatcher
     commit, reduce_step_sums          the two moments of a step, for one's own training loop
     functional                        the maths, as pure functions
@@ -19,17 +19,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "RouterGradientConfig": "config",
-    "attach": "model",
-    "default_moe_spec": "model",
-    "DefaultMoEGPTModelConfig": "model",
-    "DefaultMoELayer": "moe_layer",
-    "DefaultMoERouter": "router",
-    "DefaultMoEAllGatherTokenDispatcher": "token_dispatcher",
-    "DefaultMoEAlltoAllTokenDispatcher": "token_dispatcher",
-    "DefaultMoEFlexTokenDispatcher": "token_dispatcher",
-    "commit": "default_vectors",
-    "reduce_step_sums": "default_vectors",
+    "RouterGradientConfig": "options.config",
+    "attach": "loop.model",
+    "default_moe_spec": "loop.model",
+    "DefaultMoEGPTModelConfig": "loop.model",
+    "DefaultMoELayer": "layers.moe_layer",
+    "DefaultMoERouter": "layers.router",
+    "DefaultMoEAllGatherTokenDispatcher": "layers.token_dispatcher",
+    "DefaultMoEAlltoAllTokenDispatcher": "layers.token_dispatcher",
+    "DefaultMoEFlexTokenDispatcher": "layers.token_dispatcher",
+    "commit": "layers.optimizer_step",
+    "reduce_step_sums": "layers.optimizer_step",
     "UserError": "errors",
 }
 
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("megatron_default_moe.functional")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOME[name] not in ("config", "errors"):
+    if _HOME[name] not in ("options.config", "errors"):
         # Before a Megatron of another version fails somewhere with an ImportError.
         importlib.import_module(f"{__name__}.patches").check_version()
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,7 +1,7 @@
 """The entry: ``torchrun ... -m megatron_default_moe.pretrain [--config FILE.yaml] <flags>``.
 
 Takes every Megatron flag and this package's, real data and ``--mock-data``, and runs Megatron's own
-``pretrain``. Without a CUDA device the same command runs on the CPU (``cpu.py``). A user's mistake
+``pretrain``. Without a CUDA device the same command runs on the CPU (``cpu/``). A user's mistake
 ends in one sentence and exit code 2, before any work is done.
 """
 
@@ -17,7 +17,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_default_moe import cpu, errors
+from megatron_default_moe import errors
+from megatron_default_moe.cpu import runtime
 from megatron_default_moe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Megatron's parser with this package's flags, whose errors are one sentence."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_default_moe.flags import OneSentenceParser
+    from megatron_default_moe.options.flags import OneSentenceParser
 
     parser = OneSentenceParser(prog="megatron_default_moe.pretrain", allow_abbrev=False)
     return add_flags(add_megatron_arguments(parser))
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this package's flags and ``--config`` (an ``extra_args_provider`` of Megatron's)."""
-    from megatron_default_moe.config import add_router_gradient_args
+    from megatron_default_moe.options.config import add_router_gradient_args
 
     add_router_gradient_args(parser)
     parser.add_argument(
@@ -93,7 +94,7 @@ def build_model_config(args: Any, options: Any) -> Any:
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_default_moe.model import DefaultMoEGPTModelConfig, attach
+    from megatron_default_moe.loop.model import DefaultMoEGPTModelConfig, attach
 
     try:
         transformer = core_transformer_config_from_args(args)
@@ -120,26 +121,27 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
         UserError: a mistake in the flags or files.
     """
     _single_process_environment()
-    on_cpu = cpu.needed()
+    on_cpu = runtime.needed()
     if on_cpu or _rank() != 0:
         quiet_expected_warnings()
     if on_cpu:
-        cpu.install()
+        runtime.install()
         _say("no CUDA device: running on the CPU (gloo)")
     else:
         _refuse_ranks_without_gpu(os.environ)
-        cpu.use_wheel_dataset_helpers()
-    from megatron_default_moe import patches, support
-    from megatron_default_moe.config import options_from_args
-    from megatron_default_moe.flags import expand_config, refuse_empty_sizes
+        runtime.use_wheel_dataset_helpers()
+    from megatron_default_moe.loop import patches
+    from megatron_default_moe.options import support
+    from megatron_default_moe.options.config import options_from_args
+    from megatron_default_moe.options.flags import expand_config, refuse_empty_sizes
 
     patches.check_version()
     parser = build_parser()
     argv = expand_config(parser, argv)
     if on_cpu:
-        from megatron_default_moe import cpu_flags
+        from megatron_default_moe.cpu import flag_choices
 
-        argv, chosen = cpu_flags.apply(parser, argv)
+        argv, chosen = flag_choices.apply(parser, argv)
         _say(f"chosen for the CPU: {' '.join(chosen)}")
     else:
         argv = without_missing_kernel(argv)
@@ -205,7 +207,7 @@ def run(argv: list[str]) -> None:
         UserError: a mistake in the flags or files.
     """
     args, options = prepare(argv)
-    from megatron_default_moe import entry
+    from megatron_default_moe.loop import entry
 
     options = entry.start(args, options)
     model_config = build_model_config(args, options)
@@ -219,7 +221,8 @@ def _pretrain(args: Any, model_config: Any) -> None:
     from megatron.training import inprocess_restart, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_default_moe import gpt_data, restarts
+    from megatron_default_moe.data import gpt_data
+    from megatron_default_moe.loop import restarts
 
     pretrain_maybe_restarting, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:

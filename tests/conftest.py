@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_default_moe import cpu
+from megatron_default_moe.cpu import runtime
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-cpu.install()
+runtime.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,7 @@ torchrun --nproc-per-node N tools/calibrate.py <flags of the training run> --loa
 
 import sys
 
-from megatron_default_moe.calibrate import main
+from megatron_default_moe.loop.calibrate import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ python tools/doctor.py
 
 import sys
 
-from megatron_default_moe.doctor import main
+from megatron_default_moe.machine.doctor import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ def main() -> int:
     """Run the command line."""
     # Planning is done on the CPU also where there is a GPU: hide it before anything asks for it.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from megatron_default_moe import cpu
+    from megatron_default_moe.cpu import runtime
     from megatron_default_moe.errors import UserError
     from megatron_default_moe.plan.cards import CARDS
     from megatron_default_moe.pretrain import quiet_expected_warnings
@@ -30,7 +30,7 @@ def main() -> int:
         if args.gpus < 1:
             raise UserError(f"--gpus must be at least 1, not {args.gpus}")
         quiet_expected_warnings()
-        cpu.install()
+        runtime.install()
         from megatron_default_moe.plan import page, planner
 
         plan = planner.make(["--config", args.config, *flags], args.gpus, CARDS[args.gpu])

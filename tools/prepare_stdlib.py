@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_default_moe.corpus import CorpusSettings, prepare_stdlib
+from megatron_default_moe.data.corpus import CorpusSettings, prepare_stdlib
 from megatron_default_moe.errors import UserError
 
 

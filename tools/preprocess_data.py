@@ -7,8 +7,8 @@ python tools/preprocess_data.py --input text.jsonl --output-prefix data/text --a
 import argparse
 import sys
 
+from megatron_default_moe.data.preprocess import add_arguments, preprocess
 from megatron_default_moe.errors import UserError
-from megatron_default_moe.preprocess import add_arguments, preprocess
 
 
 def main() -> int:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_default_moe.corpus import prepare_stdlib
+from megatron_default_moe.data.corpus import prepare_stdlib
 from megatron_default_moe.errors import UserError
-from megatron_default_moe.report import latest_iteration, summary, write_report
+from megatron_default_moe.report.report import latest_iteration, summary, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples" / "quickstart.yaml"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_default_moe.errors import UserError
-from megatron_default_moe.report import summary, write_report
+from megatron_default_moe.report.report import summary, write_report
 
 
 def main() -> int:

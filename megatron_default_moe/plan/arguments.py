@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from megatron_default_moe.config import RouterGradientConfig, options_from_args
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options.config import RouterGradientConfig, options_from_args
+from megatron_default_moe.options.settings import Settings
 from megatron_default_moe.plan.cards import Card
-from megatron_default_moe.settings import Settings
 
 ASSUMED_TE_VERSION = "2.14.0"
 """Transformer Engine's version while Megatron checks the flags; the lowest it asks for anywhere."""
@@ -146,7 +146,7 @@ def parse(argv: list[str], gpus: int) -> argparse.Namespace:
     from megatron.training.arguments import parse_args
 
     from megatron_default_moe import pretrain
-    from megatron_default_moe.flags import expand_config, refuse_empty_sizes
+    from megatron_default_moe.options.flags import expand_config, refuse_empty_sizes
 
     parser = pretrain.build_parser()
     argv = expand_config(parser, argv)
@@ -171,7 +171,7 @@ def check(parsed: argparse.Namespace, card: Card, layout: Layout | None = None) 
     """
     from megatron.training.arguments import validate_args
 
-    from megatron_default_moe import support
+    from megatron_default_moe.options import support
     from megatron_default_moe.pretrain import reason_of
 
     args = copy.deepcopy(parsed)
@@ -229,7 +229,7 @@ def _check_countable(args: argparse.Namespace) -> None:
 
 def _check_chip(args: argparse.Namespace, card: Card) -> None:
     """Formats that the card does not have, which Transformer Engine would refuse there."""
-    from megatron_default_moe.doctor import RECIPES
+    from megatron_default_moe.machine.doctor import RECIPES
 
     chip = f"a {card.name} has {'.'.join(map(str, card.capability))}"
     for recipe in RECIPES if args.fp8 else ():
@@ -244,7 +244,7 @@ def _check_chip(args: argparse.Namespace, card: Card) -> None:
 
 def _check_division(args: argparse.Namespace, options: RouterGradientConfig) -> None:
     """What Megatron refuses in words that name no flag, or does not notice."""
-    from megatron_default_moe import support
+    from megatron_default_moe.options import support
 
     replica = {
         "tensor-model-parallel-size": args.tensor_model_parallel_size,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_default_moe import cpu
+from megatron_default_moe.cpu import runtime
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.plan.arguments import CheckedRun, LayoutError, quiet
 
@@ -184,7 +184,7 @@ def _build_and_send(run: CheckedRun, config: Any, rank: int, pipe: Connection) -
 
 def count_stage(run: CheckedRun, config: Any, rank: int) -> Counts:
     """Build one stage in this process and count it; the process is then of no other use."""
-    with cpu.planning_on_meta(), torch.device("meta"):
+    with runtime.planning_on_meta(), torch.device("meta"):
         _pose_as(run, rank)
         return _count(run, _build_chunks(_for_counting(config)))
 
@@ -259,7 +259,7 @@ def _build_chunks(config: Any) -> list[torch.nn.Module]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.identity_op import IdentityOp
 
-    from megatron_default_moe.model import DefaultMoEGPTModelBuilder
+    from megatron_default_moe.loop.model import DefaultMoEGPTModelBuilder
 
     # Attention proper has no parameters, and Megatron's own takes neither the shapes of latent
     # attention nor a divided context. This process builds nothing else.
@@ -274,8 +274,8 @@ def _build_chunks(config: Any) -> list[torch.nn.Module]:
 
 
 def _count(run: CheckedRun, chunks: list[torch.nn.Module]) -> Counts:
-    from megatron_default_moe.default_vectors import routers
-    from megatron_default_moe.step_sums import StepSums
+    from megatron_default_moe.layers.optimizer_step import routers
+    from megatron_default_moe.layers.step_sums import StepSums
 
     args = run.args
     tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size

@@ -37,7 +37,7 @@ def torchrun(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
         *arguments,
     ]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
     process = subprocess.Popen(
         command,

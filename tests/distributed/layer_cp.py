@@ -6,9 +6,9 @@
 
 import sys
 
-from megatron_default_moe import cpu
+from megatron_default_moe.cpu import runtime
 
-cpu.install()
+runtime.install()
 
 import torch  # noqa: E402
 from building import build_layer, train_step  # noqa: E402

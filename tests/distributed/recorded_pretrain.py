@@ -10,13 +10,15 @@ import os
 import sys
 from typing import Any
 
-from megatron_default_moe import cpu
+from megatron_default_moe.cpu import runtime
 
-cpu.install()
+runtime.install()
 
 from megatron.training import training as megatron_training  # noqa: E402
 
-from megatron_default_moe import default_vectors, patches, pretrain  # noqa: E402
+from megatron_default_moe import pretrain  # noqa: E402
+from megatron_default_moe.layers import optimizer_step  # noqa: E402
+from megatron_default_moe.loop import patches  # noqa: E402
 
 
 def recording(train_step: Any) -> Any:
@@ -25,7 +27,7 @@ def recording(train_step: Any) -> Any:
     def recorded(*args: Any, **kwargs: Any) -> Any:
         result = train_step(*args, **kwargs)
         digest = hashlib.sha256()
-        for router in default_vectors.routers(args[2]):
+        for router in optimizer_step.routers(args[2]):
             digest.update(router.default_vectors.numpy().tobytes())
         loss = {key: float(value).hex() for key, value in (result[0] or {}).items()}
         step = kwargs["iteration"] + 1

@@ -18,10 +18,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_default_moe import cpu, cpu_flags
+from megatron_default_moe.cpu import flag_choices, runtime
 
-cpu.install()
-cpu.use_wheel_dataset_helpers()
+runtime.install()
+runtime.use_wheel_dataset_helpers()
 
 import torch  # noqa: E402
 from megatron.core import mpu  # noqa: E402
@@ -117,9 +117,9 @@ def logged(original: Callable[..., Any], path: pathlib.Path) -> Callable[..., An
 
 def run(argv: list[str], path: pathlib.Path) -> None:
     """Choose the CPU's flags if there is no GPU, train, and forget the run."""
-    if cpu.needed():
+    if runtime.needed():
         parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-        argv, _ = cpu_flags.apply(parser, argv)
+        argv, _ = flag_choices.apply(parser, argv)
     sys.argv[1:] = argv
     args = parse_and_validate_args()
     original = training.train_step

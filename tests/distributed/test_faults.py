@@ -21,7 +21,7 @@ import pytest
 import torch
 from launching import HERE, ROOT, TINY, record, steps_of, torchrun
 
-from megatron_default_moe import checkpoint_files
+from megatron_default_moe.checkpoint import on_disk
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(3600)]
 
@@ -39,7 +39,7 @@ def command(folder: pathlib.Path, restarts: int, extra: list[str]) -> list[str]:
 
 
 def start(folder: pathlib.Path, restarts: int = 0, extra: list[str] | None = None) -> Any:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "RECORD": str(folder) + ".steps"}
     with open(f"{folder}.log", "w") as log:
         return subprocess.Popen(
@@ -75,8 +75,8 @@ def _command_line(pid: int) -> bytes:
 
 def latest_is_whole(folder: pathlib.Path) -> bool:
     """Whether the checkpoint that a restart would load is complete (or there is none yet)."""
-    latest = checkpoint_files.folder_of(folder)
-    return latest is None or checkpoint_files.damage(latest) is None
+    latest = on_disk.folder_of(folder)
+    return latest is None or on_disk.damage(latest) is None
 
 
 class Killer:
@@ -239,8 +239,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(small_disk: pathl
     done = torchrun(2, ["-m", "megatron_default_moe.pretrain", *flags], timeout=300)
     assert done.returncode != 0
     assert " GB free in --save " in done.stdout
-    step = int((small_disk / checkpoint_files.TRACKER).read_text())
-    assert checkpoint_files.damage(small_disk / f"iter_{step:07d}") is None
+    step = int((small_disk / on_disk.TRACKER).read_text())
+    assert on_disk.damage(small_disk / f"iter_{step:07d}") is None
     assert sorted(small_disk.glob("iter_*"))[-1].name != f"iter_{step:07d}", "nothing failed"
     for folder in small_disk.glob("iter_*"):  # the user makes room, and goes on
         if folder.name != f"iter_{step:07d}":

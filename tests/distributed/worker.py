@@ -18,17 +18,19 @@ import pathlib
 import sys
 from typing import Any
 
-from megatron_default_moe import cpu
+from megatron_default_moe.cpu import runtime
 
-cpu.install()
+runtime.install()
 
 import torch  # noqa: E402
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from megatron.training import training as megatron_training  # noqa: E402
 
-from megatron_default_moe import default_vectors, moe_layer, naive, pretrain  # noqa: E402
+from megatron_default_moe import pretrain  # noqa: E402
 from megatron_default_moe.errors import UserError  # noqa: E402
+from megatron_default_moe.layers import moe_layer, optimizer_step  # noqa: E402
+from megatron_default_moe.maths import naive  # noqa: E402
 
 
 def number_of(router: Any) -> int:
@@ -160,8 +162,8 @@ def run(case: dict[str, Any], out: pathlib.Path) -> None:
     recorder = Recorder(case)
     originals = {
         (megatron_training, "train_step"): megatron_training.train_step,
-        (default_vectors, "megatron_finalize_model_grads"): (
-            default_vectors.megatron_finalize_model_grads
+        (optimizer_step, "megatron_finalize_model_grads"): (
+            optimizer_step.megatron_finalize_model_grads
         ),
         (moe_layer.DefaultMoELayer, "__init__"): moe_layer.DefaultMoELayer.__init__,
         (pretrain, "build_model_config"): pretrain.build_model_config,
@@ -173,22 +175,22 @@ def run(case: dict[str, Any], out: pathlib.Path) -> None:
         recorder.poison_expert(layer)
 
     moe_layer.DefaultMoELayer.__init__ = init
-    default_vectors.megatron_finalize_model_grads = recorder.finalize(
-        default_vectors.megatron_finalize_model_grads
+    optimizer_step.megatron_finalize_model_grads = recorder.finalize(
+        optimizer_step.megatron_finalize_model_grads
     )
     recorder.router_grads = {}
     if case.get("stock"):
         pretrain.build_model_config = _stock_model_config
 
     def install_then_record() -> None:
-        from megatron_default_moe import patches
+        from megatron_default_moe.loop import patches
 
         if not case.get("stock"):
             originals_install()
         assert case.get("stock") or patches.installed()
         megatron_training.train_step = recorder.train_step(megatron_training.train_step)
 
-    from megatron_default_moe import patches
+    from megatron_default_moe.loop import patches
 
     originals_install = patches.install
     patches.install = install_then_record

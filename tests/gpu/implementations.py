@@ -13,12 +13,8 @@ import pytest
 import torch
 from building import build_layer
 
-from megatron_default_moe import (
-    RouterGradientConfig,
-    commit,
-    reduce_step_sums,
-    router_choice,
-)
+from megatron_default_moe import RouterGradientConfig, commit, reduce_step_sums
+from megatron_default_moe.layers import router_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from implementations import PARAMS, Implementation, build, skip_unless_available
 from layer_reference import expert_outputs, reference
 from torch import Tensor
 
-from megatron_default_moe import naive
+from megatron_default_moe.maths import naive
 
 Close = Callable[[Tensor, Tensor, float], None]
 pytestmark = pytest.mark.usefixtures("one_rank")

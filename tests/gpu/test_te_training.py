@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from implementations import skip_without_kernels
 
-from megatron_default_moe import support
-from megatron_default_moe.config import add_router_gradient_args, options_from_args
+from megatron_default_moe.options import support
+from megatron_default_moe.options.config import add_router_gradient_args, options_from_args
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MODEL = (
@@ -88,7 +88,7 @@ WITHOUT_GRADIENT = (
     "-c",
     """
 import runpy
-from megatron_default_moe import functional
+from megatron_default_moe.maths import functional
 whole = functional.inactive_probs
 functional.inactive_probs = lambda probs, active: whole(probs.detach(), active)
 runpy.run_module("megatron_default_moe.pretrain", run_name="__main__")

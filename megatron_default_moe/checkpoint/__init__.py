@@ -1,0 +1,1 @@
+"""What is checked of a checkpoint before it is loaded or written."""

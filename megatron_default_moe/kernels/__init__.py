@@ -1,0 +1,1 @@
+"""The same maths as fused Triton kernels, for NVIDIA devices."""

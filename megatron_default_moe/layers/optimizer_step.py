@@ -1,0 +1,86 @@
+"""The two moments of an optimizer step that concern the default vectors: reduce and commit.
+
+``reduce_step_sums`` runs at gradient finalisation, after the last micro-batch: it adds up, over
+all ranks of the pipeline stage and for all its MoE layers, in ONE all-reduce, what the layers have
+summed locally, and leaves the result *pending*. ``commit`` runs after the optimizer step and
+blends the pending sums into the vectors if the step was taken. Between the two, a rerun of the
+step overwrites the pending sums, and a skipped step drops them: nothing is counted twice.
+
+Why no rank divides by anything: every row of every expert is on exactly one rank, or (expert
+tensor parallelism) on several as partial sums that add up; every token is routed on exactly one.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
+
+from megatron_default_moe.layers.router import ObservedTopKRouter
+from megatron_default_moe.layers.step_sums import StepSums
+
+
+def routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[ObservedTopKRouter]:
+    """Yield this package's routers of a model or of a list of model chunks, in layer order."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, ObservedTopKRouter):
+                yield module
+
+
+@torch.no_grad()
+def reduce_step_sums(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
+    """Add up the sums of the step over the pipeline stage; leave them pending on each router.
+
+    Every rank of the stage must call it (they hold the same layers). Local sums start at zero
+    again, whatever becomes of the pending ones.
+
+    Args:
+        model: the model, or its chunks with interleaved pipelines.
+    """
+    training = [router for router in routers(model) if router.training]
+    if not training:
+        return
+    sizes = [StepSums.numel(router.num_experts, router.vector_width) for router in training]
+    buffer = training[0].local_stats.new_zeros(sum(sizes))
+    for router, flat in zip(training, buffer.split(sizes), strict=True):
+        router.pending = StepSums.view(flat, router.num_experts, router.vector_width)
+        router.local_step_sums(out=router.pending)
+    torch.distributed.all_reduce(buffer, group=training[0].tp_dp_cp_group)
+
+
+def commit(model: torch.nn.Module | Iterable[torch.nn.Module], taken: bool) -> None:
+    """End an optimizer step: blend the pending sums in if it was taken, drop them if not.
+
+    For training loops other than Megatron's (whose loop ``patches.install`` covers): call it once
+    after each ``optimizer.step()``.
+
+    Args:
+        model: the model, or its chunks.
+        taken: False for a step the optimizer skipped (overflow, NaN) or that will be repeated.
+    """
+    for router in routers(model):
+        router.commit(taken)
+
+
+def finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+    """Megatron's gradient finalisation, then the reduction of the step's sums.
+
+    A plain function, so that a config that holds it can be copied. Arguments as upstream's
+    (``megatron.core.distributed.finalize_model_grads``).
+    """
+    megatron_finalize_model_grads(model, *args, **kwargs)
+    reduce_step_sums(model)
+
+
+def finalize_model_grads_and_commit(
+    model: list[torch.nn.Module], *args: Any, **kwargs: Any
+) -> None:
+    """The same, with the commit at once: for loops that cannot call :func:`commit`.
+
+    Not exact where the loop repeats or skips a step after finalisation: such a step counts (and a
+    repeated one counts twice).
+    """
+    finalize_model_grads(model, *args, **kwargs)
+    commit(model, taken=True)

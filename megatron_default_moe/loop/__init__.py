@@ -1,0 +1,1 @@
+"""What happens around Megatron's training loop: model, entry, patches, metrics, restarts."""

@@ -1,0 +1,199 @@
+"""What the log, TensorBoard and W&B say about routers and default vectors.
+
+``layer_metrics`` turns the sums of one layer and step into numbers, where the sums are at hand (the
+router's commit). ``RouterMetricsTracker`` is Megatron's MoE metrics tracker that also reports these
+numbers; Megatron calls ``report`` after every step, so nothing is patched. On logging steps one
+small all-reduce over the pipeline gathers all layers; on other steps it costs nothing.
+"""
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from torch import Tensor
+
+from megatron_default_moe.layers.step_sums import StepSums
+
+NAMES = (
+    "default-vector norm",
+    "default-vector staleness",
+    "default-vector share",
+    "default-vector rejected",
+    "router entropy",
+    "load max/mean",
+    "dead experts",
+)
+"""The scalars, each a mean over MoE layers, except the two counts in ``SUMMED``.
+
+- default-vector norm: mean over experts of ||Ê_i||.
+- default-vector staleness: mean over this step's experts of ||Ê_i - m_i|| / ||m_i||, Ê_i before
+  the step and m_i the step's own mean output.
+- default-vector share: root of (sum ||default term||^2 / sum ||layer output||^2) over the tokens;
+  the output of the routed experts, and with --moe-shared-expert-overlap of the shared one, too.
+- default-vector rejected: expert updates rejected as not finite since the process started.
+- router entropy: mean over tokens of the entropy of the routing distribution, in nats.
+- load max/mean: tokens of the busiest expert over the mean.
+- dead experts: experts without a token in this step.
+"""
+
+SUMMED = ("default-vector rejected", "dead experts")
+
+
+def layer_metrics(
+    step: StepSums, before: Tensor | None, after: Tensor | None, rejected: Tensor | None
+) -> Tensor:
+    """Return the metrics of one layer and one logged step.
+
+    Args:
+        step: all-reduced sums of the step.
+        before: [E, D] default vectors that the step used, or None for a TopK router.
+        after: [E, D] default vectors after the commit, or None.
+        rejected: [1] count of rejected expert updates, or None.
+
+    Returns:
+        [len(NAMES) + E] float32: the values in the order of ``NAMES`` (zero where they do not
+        apply), then each expert's fraction of the routed token-expert pairs.
+    """
+    counts_E = step.counts
+    num_tokens, entropy_sum, term_square, output_square = step.totals.unbind()
+    zero = torch.zeros_like(num_tokens)
+    norm = staleness = share = zero
+    if before is not None and after is not None:
+        norm = after.norm(dim=-1).mean()
+        staleness = _staleness(step, before)
+        share = (term_square / output_square.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+    values = [
+        norm,
+        staleness,
+        share,
+        zero if rejected is None else rejected[0].float(),
+        entropy_sum / num_tokens.clamp_min(1),
+        counts_E.max() / counts_E.mean().clamp_min(1e-9),
+        (counts_E == 0).sum().float(),
+    ]
+    load_E = counts_E / counts_E.sum().clamp_min(1)
+    return torch.cat([torch.stack(values), load_E])
+
+
+def _staleness(step: StepSums, before: Tensor) -> Tensor:
+    mean_ED = step.sums / step.mass.unsqueeze(-1)
+    usable_E = (step.mass > 0) & mean_ED.isfinite().all(-1) & (mean_ED.norm(dim=-1) > 0)
+    ratio_E = (before - mean_ED).norm(dim=-1) / mean_ED.norm(dim=-1)
+    return torch.where(usable_E, ratio_E, 0).sum() / usable_E.sum().clamp_min(1)
+
+
+class MeteredRouter(Protocol):
+    """What the tracker reads of a router."""
+
+    collects_details: bool
+    step_metrics: Tensor | None
+
+    @property
+    def model_layer_number(self) -> int:
+        """Number of the layer in the model, from 1, MTP layers after the decoder's."""
+
+
+class Progress:
+    """Tokens seen and time left, for the log line (Megatron prints neither)."""
+
+    def __init__(self, train_iters: int, tokens: Callable[[], int]) -> None:
+        """Start; the clock starts with the first step that is reported.
+
+        Args:
+            train_iters: number of the run's last step.
+            tokens: returns the tokens consumed since the run began, in earlier processes too.
+        """
+        self.train_iters = train_iters
+        self.tokens = tokens
+        self._start: tuple[int, float] | None = None
+
+    def eta(self, iteration: int) -> datetime.timedelta | None:
+        """Time left at this process's mean pace so far; None before it is known."""
+        if self._start is None:
+            self._start = (iteration, time.monotonic())
+            return None
+        first, started = self._start
+        if iteration == first:
+            return None
+        pace = (time.monotonic() - started) / (iteration - first)
+        return datetime.timedelta(seconds=round(pace * max(0, self.train_iters - iteration)))
+
+
+class RouterMetricsTracker(MoEMetricsTracker):
+    """Megatron's tracker, with the router metrics, the tokens and the time left."""
+
+    def __init__(self, *, log_interval: int, num_experts: int, progress: Progress) -> None:
+        """Report every ``log_interval`` steps on routers with ``num_experts`` experts."""
+        super().__init__()
+        self.log_interval = log_interval
+        self.num_experts = num_experts
+        self.progress = progress
+        self.routers: Sequence[MeteredRouter] = ()
+
+    def logs(self, iteration: int) -> bool:
+        """Whether the step with this number (from 1) is logged."""
+        return iteration % self.log_interval == 0
+
+    def report(self, loss_scale: float, iteration: int, *args: Any, **kwargs: Any) -> str:
+        """Report as upstream does, then this package's metrics on logging steps."""
+        line = super().report(loss_scale, iteration, *args, **kwargs)
+        eta = self.progress.eta(iteration)
+        if not self.logs(iteration):
+            return line
+        assert not args, "Megatron passes everything else by name"
+        table = self._gather(kwargs["num_layers"], kwargs.get("mtp_num_layers"), kwargs)
+        scalars = self._scalars(table)
+        writer, wandb = kwargs.get("writer"), kwargs.get("wandb_writer")
+        self._log_scalars({**scalars, "consumed tokens": self.progress.tokens()}, iteration,
+                          writer, wandb)  # fmt: skip
+        if kwargs.get("per_layer_logging"):
+            self._log_scalars(self._per_layer(table), iteration, writer, wandb)
+        shown = "".join(f" {name}: {value:.4g} |" for name, value in scalars.items())
+        tokens = f" consumed tokens: {self.progress.tokens()} |"
+        return line + shown + tokens + (f" ETA: {eta} |" if eta is not None else "")
+
+    def _gather(self, num_layers: int, mtp_num_layers: int | None, kwargs: dict[str, Any]) -> Any:
+        """[layers, 1 + len(NAMES) + E] of all pipeline stages; column 0 marks MoE layers."""
+        width = 1 + len(NAMES) + self.num_experts
+        table = torch.zeros(
+            num_layers + (mtp_num_layers or 0), width, device=torch.cuda.current_device()
+        )
+        for router in self.routers:
+            if router.step_metrics is not None:
+                row = router.model_layer_number - 1
+                table[row, 0] = 1
+                table[row, 1:] = router.step_metrics
+        collection = kwargs.get("pg_collection")
+        group = (
+            collection.pp
+            if collection is not None
+            else parallel_state.get_pipeline_model_parallel_group()
+        )
+        if group.size() > 1:
+            torch.distributed.all_reduce(table, group=group)
+        return table.tolist()
+
+    def _scalars(self, table: list[list[float]]) -> dict[str, float]:
+        """Mean or sum over the MoE layers; nothing if the step was not taken."""
+        rows = [row[1:] for row in table if row[0]]
+        if not rows:
+            return {}
+        totals = {name: sum(row[i] for row in rows) for i, name in enumerate(NAMES)}
+        return {
+            name: total if name in SUMMED else total / len(rows) for name, total in totals.items()
+        }
+
+    def _per_layer(self, table: list[list[float]]) -> dict[str, float]:
+        """One scalar a layer and metric, named as Megatron names them, and one an expert."""
+        scalars: dict[str, float] = {}
+        for layer, (present, *values) in enumerate(table):
+            if present:
+                for i, name in enumerate(NAMES):
+                    scalars[f"moe/{name}_layer_{layer}"] = values[i]
+                for expert, load in enumerate(values[len(NAMES) :]):
+                    scalars[f"load/layer_{layer}/expert_{expert}"] = load
+        return scalars

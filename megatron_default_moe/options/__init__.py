@@ -1,0 +1,1 @@
+"""What a user chooses: options, flags, files, and what works with what."""

@@ -1,0 +1,266 @@
+"""The options and the command line flags generated from them.
+
+Contract: Megatron's real parser gains exactly these flags, in one group of
+its own, with a help text that names the default; what is not given takes the dataclass's default,
+``--paper-default-moe`` changes that default, and an explicit flag wins over it on either side of
+it; values that cannot work end in a UserError that names the flag.
+"""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from megatron_default_moe import UserError
+from megatron_default_moe.cpu import runtime
+from megatron_default_moe.options import config
+from megatron_default_moe.options.config import RouterGradientConfig
+
+DESIGN_CHOICES = {
+    "--moe-router-gradient": {
+        "topk",
+        "default",
+        "dense",
+        "sparsemixer",
+        "sparsemixer-v2",
+        "expert-group",
+        "remoe",
+    },
+    "--default-vector-weighting": {"router", "uniform"},
+    "--default-vector-order": {"after-use", "before-use"},
+    "--default-vector-init": {"zeros", "gaussian"},
+}
+SWITCHES = [
+    "--default-vector-in-forward",
+    "--default-vector-in-eval",
+    "--default-vector-bias-correction",
+    "--default-vector-normalized-gate",
+    "--default-vector-kernels",
+]
+DESIGN_FLAGS = {
+    *DESIGN_CHOICES,
+    *SWITCHES,
+    *(switch.replace("--", "--no-", 1) for switch in SWITCHES),
+    "--default-vector-beta",
+    "--default-vector-from-baseline",
+    "--paper-default-moe",
+}
+DEFAULTS = {
+    "gradient": "default",
+    "beta": 0.99,
+    "weighting": "router",
+    "order": "after-use",
+    "in_forward": True,
+    "in_eval": True,
+    "init": "zeros",
+    "bias_correction": False,
+    "normalized_gate": False,
+    "kernels": False,
+    "from_baseline": False,
+}
+PAPER = {**DEFAULTS, "order": "before-use", "beta": 0.9}
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    runtime.install()
+    from megatron.training.arguments import add_megatron_arguments
+
+    megatron = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return config.add_router_gradient_args(megatron)
+
+
+def options(parser: argparse.ArgumentParser, *argv: str) -> RouterGradientConfig:
+    return config.options_from_args(parser.parse_args([*argv]))
+
+
+def our_groups(parser: argparse.ArgumentParser) -> list[argparse._ArgumentGroup]:
+    return [
+        group
+        for group in parser._action_groups
+        if any(DESIGN_FLAGS & set(action.option_strings) for action in group._group_actions)
+    ]
+
+
+# The flags
+
+
+def test_the_flags_of_the_design_are_one_group_and_nothing_else_is_in_it(
+    parser: argparse.ArgumentParser,
+) -> None:
+    groups = our_groups(parser)
+    assert len(groups) == 1
+    assert "megatron_default_moe" in groups[0].title
+    in_group = {flag for action in groups[0]._group_actions for flag in action.option_strings}
+    assert in_group == DESIGN_FLAGS
+
+
+def test_every_field_has_its_flag_and_every_flag_its_field(
+    parser: argparse.ArgumentParser,
+) -> None:
+    dests = {action.dest for action in our_groups(parser)[0]._group_actions}
+    fields = {
+        field.metadata["argparse_meta"]["dest"]
+        for field in dataclasses.fields(RouterGradientConfig)
+    }
+    assert dests == fields | {"paper_default_moe"}
+
+
+@pytest.mark.parametrize("flag", DESIGN_CHOICES)
+def test_choices_are_those_of_the_design(parser: argparse.ArgumentParser, flag: str) -> None:
+    choices = set(parser._option_string_actions[flag].choices)
+    if flag == "--moe-router-gradient":  # a value appears when it works
+        assert {"topk", "default"} <= choices <= DESIGN_CHOICES[flag]
+    else:
+        assert choices == DESIGN_CHOICES[flag]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(RouterGradientConfig), ids=lambda f: f.name)
+def test_help_explains_and_names_the_default(
+    parser: argparse.ArgumentParser, field: dataclasses.Field
+) -> None:
+    flag = field.metadata["argparse_meta"]["arg_names"][0]
+    action = parser._option_string_actions[flag]
+    default = {True: "on", False: "off"}.get(DEFAULTS[field.name], DEFAULTS[field.name])
+    text = parser._get_formatter()._expand_help(action)
+    explanation, _, shown = text.rpartition(" Default: ")
+    assert shown == f"{default}."
+    assert len(explanation.split()) >= 8
+    assert "None" not in text
+
+
+def test_help_of_the_preset_names_what_it_sets(parser: argparse.ArgumentParser) -> None:
+    text = parser._option_string_actions["--paper-default-moe"].help
+    for words in (
+        "--default-vector-order before-use",
+        "--default-vector-beta 0.9,",
+        "--default-vector-weighting router",
+        "--default-vector-in-forward",
+    ):
+        assert words in text
+
+
+def test_our_group_prints(parser: argparse.ArgumentParser) -> None:
+    formatter = parser._get_formatter()
+    group = our_groups(parser)[0]
+    formatter.start_section(group.title)
+    formatter.add_arguments(group._group_actions)
+    formatter.end_section()
+    shown = formatter.format_help()
+    assert all(flag in shown for flag in DESIGN_FLAGS)
+
+
+# From arguments to options
+
+
+def test_nothing_given_means_the_defaults(parser: argparse.ArgumentParser) -> None:
+    assert dataclasses.asdict(options(parser)) == DEFAULTS
+    assert dataclasses.asdict(RouterGradientConfig()) == DEFAULTS
+
+
+def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
+    assert config.options_from_args(argparse.Namespace()) == RouterGradientConfig()
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--moe-router-gradient", "topk"], "gradient", "topk"),
+        (["--default-vector-beta", "0"], "beta", 0.0),
+        (["--default-vector-beta", "0.5"], "beta", 0.5),
+        (["--default-vector-weighting", "uniform"], "weighting", "uniform"),
+        (["--default-vector-order", "before-use"], "order", "before-use"),
+        (["--no-default-vector-in-forward"], "in_forward", False),
+        (["--no-default-vector-in-eval"], "in_eval", False),
+        (["--default-vector-init", "gaussian"], "init", "gaussian"),
+        (["--default-vector-bias-correction"], "bias_correction", True),
+        (["--default-vector-kernels"], "kernels", True),
+        (["--default-vector-from-baseline"], "from_baseline", True),
+        (
+            ["--no-default-vector-in-eval", "--default-vector-in-eval"],
+            "in_eval",
+            True,
+        ),
+        (
+            ["--default-vector-bias-correction", "--no-default-vector-bias-correction"],
+            "bias_correction",
+            False,
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_flag_sets_its_field_and_no_other(
+    parser: argparse.ArgumentParser, argv: list[str], field: str, value: object
+) -> None:
+    assert dataclasses.asdict(options(parser, *argv)) == {**DEFAULTS, field: value}
+
+
+def test_paper_preset(parser: argparse.ArgumentParser) -> None:
+    assert dataclasses.asdict(options(parser, "--paper-default-moe")) == PAPER
+
+
+@pytest.mark.parametrize("first", ["preset-first", "flag-first"])
+@pytest.mark.parametrize(
+    ("flag", "field", "value"),
+    [
+        (["--default-vector-beta", "0.5"], "beta", 0.5),
+        (["--default-vector-beta", "0.99"], "beta", 0.99),
+        (["--default-vector-beta", "0"], "beta", 0.0),
+        (["--default-vector-order", "after-use"], "order", "after-use"),
+        (["--default-vector-weighting", "uniform"], "weighting", "uniform"),
+        (["--no-default-vector-in-forward"], "in_forward", False),
+        (["--no-default-vector-in-eval"], "in_eval", False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_an_explicit_flag_wins_over_the_preset(
+    parser: argparse.ArgumentParser, flag: list[str], field: str, value: object, first: str
+) -> None:
+    """Also where its value is the default, and where it is false: given is given."""
+    preset = ["--paper-default-moe"]
+    argv = preset + flag if first == "preset-first" else flag + preset
+    assert dataclasses.asdict(options(parser, *argv)) == {**PAPER, field: value}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("beta", ["1", "1.0", "-0.1", "2", "nan", "inf", "-inf"])
+def test_beta_out_of_range_names_the_flag(parser: argparse.ArgumentParser, beta: str) -> None:
+    with pytest.raises(UserError, match=r"^--default-vector-beta .*not ") as refusal:
+        options(parser, f"--default-vector-beta={beta}")
+    assert str(float(beta)) in str(refusal.value)
+    with pytest.raises(UserError, match="--default-vector-beta"):
+        RouterGradientConfig(beta=float(beta))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9999999])
+def test_beta_in_range_is_accepted(beta: float) -> None:
+    assert RouterGradientConfig(beta=beta).beta == beta
+
+
+def test_gaussian_start_excludes_bias_correction(parser: argparse.ArgumentParser) -> None:
+    argv = ["--default-vector-init", "gaussian", "--default-vector-bias-correction"]
+    with pytest.raises(UserError) as refusal:
+        options(parser, *argv)
+    assert "--default-vector-bias-correction" in str(refusal.value)
+    assert "--default-vector-init gaussian" in str(refusal.value)
+    without = options(parser, *argv, "--no-default-vector-bias-correction")
+    assert (without.init, without.bias_correction) == ("gaussian", False)
+
+
+# The dataclass
+
+
+def test_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RouterGradientConfig().beta = 0.5  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        RouterGradientConfig("topk")  # type: ignore[misc]
+    with pytest.raises(UserError, match="--default-vector-beta"):
+        dataclasses.replace(RouterGradientConfig(), beta=1.0)
+
+
+@pytest.mark.parametrize(("gradient", "uses"), [("topk", False), ("default", True)])
+def test_uses_default_vectors(gradient: str, uses: bool) -> None:
+    assert RouterGradientConfig(gradient=gradient).uses_default_vectors is uses
