@@ -24,7 +24,7 @@ _HOME = {
     "default_moe_spec": "loop.model",
     "DefaultMoEGPTModelConfig": "loop.model",
     "DefaultMoELayer": "layers.moe_layer",
-    "DefaultMoERouter": "layers.router",
+    "DefaultMoERouter": "layers.default_router",
     "DefaultMoEAllGatherTokenDispatcher": "layers.token_dispatcher",
     "DefaultMoEAlltoAllTokenDispatcher": "layers.token_dispatcher",
     "DefaultMoEFlexTokenDispatcher": "layers.token_dispatcher",

@@ -6,7 +6,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_default_moe.layers import overlap
-from megatron_default_moe.layers.router import DefaultMoERouter, ObservedTopKRouter
+from megatron_default_moe.layers.default_router import DefaultMoERouter
+from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.token_dispatcher import connect
 
 

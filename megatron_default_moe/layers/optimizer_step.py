@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
 
-from megatron_default_moe.layers.router import ObservedTopKRouter
+from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.step_sums import StepSums
 
 

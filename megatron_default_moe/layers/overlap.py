@@ -16,7 +16,7 @@ import torch
 from megatron.core.pipeline_parallel.utils import get_comm_stream
 from torch import Tensor
 
-from megatron_default_moe.layers.router import DefaultMoERouter
+from megatron_default_moe.layers.default_router import DefaultMoERouter
 
 
 class _TakeGradient(torch.autograd.Function):

@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-from megatron_default_moe.layers.router import DefaultMoERouter
+from megatron_default_moe.layers.default_router import DefaultMoERouter
 from megatron_default_moe.options.config import RouterGradientConfig
 
 CAPABILITIES = (9, 10)
@@ -29,6 +29,6 @@ def default_moe_router(options: RouterGradientConfig) -> type[DefaultMoERouter]:
     if not uses_kernels(options):
         return DefaultMoERouter
     # Imported here, because it imports Triton.
-    from megatron_default_moe.layers.fused_router import FusedDefaultMoERouter
+    from megatron_default_moe.layers.fused_default_router import FusedDefaultMoERouter
 
     return FusedDefaultMoERouter

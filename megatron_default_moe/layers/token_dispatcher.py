@@ -12,11 +12,11 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
     MoEFlexTokenDispatcher,
-    MoETokenDispatcher,
 )
 from torch import Tensor
 
-from megatron_default_moe.layers.router import ObservedTopKRouter
+from megatron_default_moe.errors import UserError
+from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 
 
 class _DefaultMoEDispatch:
@@ -44,7 +44,7 @@ class _DefaultMoEDispatch:
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Add the default term, in the experts' own width (before a latent projection back)."""
         output = super().combine_postprocess(hidden_states)  # type: ignore[misc]
-        return self.router.add_default_term(output)
+        return self.router.finish_output(output)
 
 
 class DefaultMoEAllGatherTokenDispatcher(_DefaultMoEDispatch, MoEAllGatherTokenDispatcher):
@@ -66,7 +66,7 @@ _CONNECTED: dict[type, type] = {
 }
 
 
-def connect(dispatcher: MoETokenDispatcher, router: ObservedTopKRouter) -> None:
+def connect(dispatcher: Any, router: ObservedTopKRouter) -> None:
     """Turn a dispatcher that Megatron built into ours, in place.
 
     MoELayer names its dispatcher classes itself, and by the time its constructor returns other
@@ -75,7 +75,16 @@ def connect(dispatcher: MoETokenDispatcher, router: ObservedTopKRouter) -> None:
     Args:
         dispatcher: one of Megatron's three.
         router: the layer's router.
+
+    Raises:
+        UserError: a dispatcher of another kind, or none (a kernel that dispatches by itself).
     """
+    if type(dispatcher) not in _CONNECTED:
+        raise UserError(
+            f"--moe-token-dispatcher-type made a {type(dispatcher).__name__}, which shows the"
+            " router nothing of what the experts return: use alltoall or allgather, without"
+            " kernels that skip the dispatcher"
+        )
     dispatcher.__class__ = _CONNECTED[type(dispatcher)]
     dispatcher.router = router
     # Megatron's extension point for a CUDA graph of routing and preprocessing: the graph hands

@@ -14,7 +14,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.layers import optimizer_step
 from megatron_default_moe.layers.moe_layer import DefaultMoELayer, ObservedMoELayer
-from megatron_default_moe.layers.router import ObservedTopKRouter
+from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.router_choice import default_moe_router
 from megatron_default_moe.loop import patches
 from megatron_default_moe.options import support

@@ -65,7 +65,7 @@ def test_a_step_reads_nothing_on_the_host(
                 counts = torch.empty(5, dtype=torch.int64, device=DEVICE)
                 probs, rows = torch.rand(42, device=DEVICE), torch.randn(42, 12, device=DEVICE)
                 router.observe_experts(rows, counts, probs)
-                y = router.add_default_term(torch.randn(7, 3, 12, device=DEVICE))
+                y = router.finish_output(torch.randn(7, 3, 12, device=DEVICE))
                 optimizer_step.reduce_step_sums(layer)
                 optimizer_step.commit(layer, taken=True)
             on_device = [y, *router.buffers()]

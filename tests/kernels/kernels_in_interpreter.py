@@ -22,7 +22,7 @@ from layer_reference import tokens
 from maths import normal, routing, same_bits, sorted_rows
 
 from megatron_default_moe.kernels import sums, term
-from megatron_default_moe.layers.fused_router import FusedDefaultMoERouter
+from megatron_default_moe.layers.fused_default_router import FusedDefaultMoERouter
 from megatron_default_moe.loop import model
 from megatron_default_moe.maths import functional, naive
 

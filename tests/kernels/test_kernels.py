@@ -17,7 +17,7 @@ from own_process import ROOT, run_tests
 
 from megatron_default_moe import RouterGradientConfig
 from megatron_default_moe.layers import router_choice
-from megatron_default_moe.layers.router import DefaultMoERouter
+from megatron_default_moe.layers.default_router import DefaultMoERouter
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

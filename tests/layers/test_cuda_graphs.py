@@ -86,11 +86,11 @@ def test_topk_hands_on_no_gradient() -> None:
         router = build_layer(gradient=gradient).router
         router(x)
         carried = [getattr(router, name).requires_grad for name in router.carried]
-        assert carried == [expected, False, False]
+        assert carried == [expected, False]
 
 
 def test_a_layer_that_gets_no_routing_says_so() -> None:
     layer, x = build_layer().eval(), inputs(0)
     y, _ = layer(x)
     with pytest.raises(AssertionError, match="routing of this micro-batch is not known"):
-        layer.router.add_default_term(y)
+        layer.router.finish_output(y)

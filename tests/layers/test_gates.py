@@ -180,7 +180,7 @@ def test_the_metrics_see_the_normalised_gate(new_layer: Any) -> None:
     train_step(layer, tokens(layer))
     probs_TE = gate.probs(routed[0][0].double()) / SCALE
     entropy = torch.special.entr(probs_TE).sum(-1).mean()
-    from megatron_default_moe.loop.tracker import NAMES
+    from megatron_default_moe.layers.layer_metrics import NAMES
 
     assert float(layer.router.step_metrics[NAMES.index("router entropy")]) == pytest.approx(
         float(entropy), rel=1e-5

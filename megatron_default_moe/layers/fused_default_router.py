@@ -6,13 +6,15 @@ the pass in one launch, and :mod:`kernels` makes the probabilities, masks them, 
 in another, with one launch in the backward pass.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_default_moe.kernels import sums, term
-from megatron_default_moe.layers.router import DefaultMoERouter
+from megatron_default_moe.layers.default_router import DefaultMoERouter
 from megatron_default_moe.layers.step_sums import StepSums
 
 
@@ -28,9 +30,12 @@ class FusedDefaultMoERouter(DefaultMoERouter):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Build the router; the arguments are Megatron's."""
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        """Build the router; the arguments are Megatron's, those of later versions included."""
+        super().__init__(
+            config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **kwargs
+        )
         tickets = sums.num_tickets(self.local_sums.shape[0], self.vector_width)
         self._new_buffer("kernel_tickets", (tickets,), torch.int32, persistent=False)
 
@@ -42,7 +47,6 @@ class FusedDefaultMoERouter(DefaultMoERouter):
         if not (self.counts_this_pass or self._mixes_micro_batch):
             return
         assert self.routed_probs is not None
-        assert self.routed_map is not None
         if self.collects_details and self.counts_this_pass:
             self._count_entropy()
         stats = StepSums.view(self.local_stats, self.num_experts, 0)
@@ -56,7 +60,7 @@ class FusedDefaultMoERouter(DefaultMoERouter):
             tokens_per_expert,
             probs,
             self.routed_probs,
-            self.routed_map,
+            self._active(),
             self.options.weighting,
             self.kernel_tickets,
             out,
@@ -66,17 +70,16 @@ class FusedDefaultMoERouter(DefaultMoERouter):
                 torch._foreach_add_(list(step), list(out))
             self._mix_micro_batch(out.sums_eD, out.mass_E)
 
-    def add_default_term(self, output: Tensor) -> Tensor:
+    def finish_output(self, output: Tensor) -> Tensor:
         """Add the default vectors to the routed experts' combined output; one launch.
 
-        Arguments and result as in :meth:`DefaultMoERouter.add_default_term`.
+        Arguments and result as in :meth:`DefaultMoERouter.finish_output`.
         """
         if not self.uses_vectors:
-            return super().add_default_term(output)
-        scores_TE, probs_TE, map_TE = self.routed_scores, self.routed_probs, self.routed_map
+            return super().finish_output(output)
+        scores_TE, probs_TE, map_TE = self.routed_scores, self.routed_probs, self._active()
         assert scores_TE is not None, "the routing of this micro-batch is not known"
         assert probs_TE is not None
-        assert map_TE is not None
         scale = self.config.moe_router_topk_scaling_factor or 1.0
         if self.score_function != "softmax":
             scores_TE, scale = self._dense(), None

@@ -1,0 +1,252 @@
+"""What every router of this package does: route with Megatron's code, and count.
+
+``ObservedTopKRouter`` leaves the routing to Megatron and looks at its result later, when the
+experts have run: what lies between may be replayed from a CUDA graph. The estimators of the router
+gradient are its subclasses; the layer, the dispatchers and the optimizer step know this class only.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_default_moe.errors import UserError
+from megatron_default_moe.layers.layer_metrics import layer_metrics
+from megatron_default_moe.layers.step_sums import StepSums
+from megatron_default_moe.maths import functional
+from megatron_default_moe.options.config import RouterGradientConfig
+
+
+class ObservedTopKRouter(TopKRouter):
+    """Megatron's TopKRouter, bit for bit, that also counts its load for the metrics."""
+
+    fp32_buffers: tuple[str, ...] = ("local_stats",)
+    """Buffers that stay float32 in a bf16 or fp16 model."""
+    checkpointed: tuple[str, ...] = ()
+    """Buffers of this estimator that a plain Megatron checkpoint does not have."""
+    carried = ("routed_scores", "routed_probs")
+    """What a routing leaves for its layer: tensors, so that a CUDA graph can hand them on."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Build the router; the arguments are Megatron's, those of later versions included."""
+        super().__init__(
+            config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer, **kwargs
+        )
+        self.options: RouterGradientConfig = config.router_gradient
+        # Only routers with default vectors carry sums of expert outputs.
+        self.vector_width = 0
+        # Set by the training step on the steps that are logged: entropies and norms cost a pass.
+        self.collects_details = False
+        # Set by calibrate.py: evaluation passes count, as one step without gradients.
+        self.calibrating = False
+        # Between this router's forward and the end of its layer's, all [T, E]: the logits that were
+        # routed (with a normalised gate the probabilities of all experts), with their gradient
+        # where default vectors give them one;
+        self.routed_scores: Tensor | None = None
+        # and what the experts' outputs are multiplied by, without it; zero at unused experts.
+        self.routed_probs: Tensor | None = None
+        # The all-reduced sums of the running step, between gradient finalisation and commit.
+        self.pending: StepSums | None = None
+        # layer_metrics of the last step, if it was taken and is logged.
+        self.step_metrics: Tensor | None = None
+        # Until the checkpoint without this estimator's state is loaded, it is not asked of it.
+        self.awaits_baseline = self.options.from_baseline
+        self._new_buffer("local_stats", (StepSums.numel(self.num_experts, 0),), persistent=False)
+
+    def _new_buffer(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        persistent: bool = True,
+    ) -> None:
+        # An explicit device, like upstream's buffers: under `with torch.device("meta")` they would
+        # otherwise be materialised as garbage later.
+        device = torch.cuda.current_device()
+        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow device moves, but keep the float32 buffers' dtype and every bit of them."""
+        before = {name: getattr(self, name) for name in self.fp32_buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    @property
+    def model_layer_number(self) -> int:
+        """Number of the layer in the model, from 1; MTP layers come after the decoder's.
+
+        Megatron numbers MTP layers from 1 again and adds them up like this for its own log
+        (``TopKRouter.apply_z_loss``).
+        """
+        number: int = self.layer_number
+        return number + self.config.num_layers if self.is_mtp_layer else number
+
+    @property
+    def counts_this_pass(self) -> bool:
+        """Whether this forward pass is one that the optimizer step will take gradients from.
+
+        Not evaluation, and not the first of the two passes of activation recomputation, which
+        runs without gradients.
+        """
+        if self.calibrating:
+            return not self.training
+        return self.training and torch.is_grad_enabled()
+
+    def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Route with Megatron's code and leave the result for the layer (``TopKRouter.routing``).
+
+        Nothing else happens here: a CUDA graph may replay this method without running it.
+
+        Raises:
+            UserError: Megatron returned indices of experts instead of a map.
+        """
+        probs_TE, map_TE = super().routing(logits, *args, **kwargs)
+        if map_TE.dtype != torch.bool:
+            raise UserError(
+                "--moe-router-fusion with --moe-token-dispatcher-type flex routes by indices in"
+                " this version of Megatron, and default vectors need a map of all experts: drop"
+                " --moe-router-fusion"
+            )
+        scores_TE = logits.reshape(-1, self.num_experts)
+        if self.options.normalized_gate:
+            scores_TE = self.dense_probs(scores_TE)
+            probs_TE = functional.replace_active_probs(probs_TE, probs_TE != 0, scores_TE)
+        # Only default vectors give them a gradient; for others a graph would carry one of zeros.
+        self.routed_scores = scores_TE if self.options.uses_default_vectors else scores_TE.detach()
+        self.routed_probs = probs_TE.detach()
+        return probs_TE, map_TE
+
+    def _active(self) -> Tensor:
+        """[T, E] bool: the experts that each token of the micro-batch uses.
+
+        Megatron's map is no better guide: its probabilities are zero outside of the map, and inside
+        it where capacity is filled up with tokens that did not choose the expert.
+        """
+        assert self.routed_probs is not None
+        return self.routed_probs != 0
+
+    def _dense(self) -> Tensor:
+        """[T, E] the micro-batch's probabilities of all experts, see :meth:`dense_probs`."""
+        assert self.routed_scores is not None, "the routing of this micro-batch is not known"
+        if self.options.normalized_gate:
+            return self.routed_scores
+        return self.dense_probs(self.routed_scores)
+
+    def observe_experts(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> None:
+        """Count what was routed, in passes that count; called when the experts have run.
+
+        Args:
+            rows: [R, D] outputs of the local experts, each already multiplied by its probability,
+                sorted by expert. With expert tensor parallelism they are partial sums.
+            tokens_per_expert: [e] row counts.
+            probs: [R] the probabilities.
+        """
+        if self.counts_this_pass:
+            self._count(self._active())
+
+    def finish_output(self, output: Tensor) -> Tensor:
+        """Return the routed experts' combined output as it is; estimators add their part here.
+
+        Args:
+            output: [..., D] of this rank's tokens, in the order the router saw them.
+        """
+        self._forget_routing()
+        return output
+
+    def _forget_routing(self) -> None:
+        for name in self.carried:
+            setattr(self, name, None)
+
+    @torch.no_grad()
+    def _count(self, active_TE: Tensor) -> None:
+        stats = StepSums.view(self.local_stats, self.num_experts, 0)
+        stats.counts.add_(active_TE.sum(0))
+        stats.totals[0] += active_TE.shape[0]
+        if self.collects_details:
+            self._count_entropy()
+
+    @torch.no_grad()
+    def _count_entropy(self) -> None:
+        scores_TE = self._dense().float()
+        scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        totals = StepSums.view(self.local_stats, self.num_experts, 0).totals
+        totals[1] += torch.special.entr(scores_TE).sum()
+
+    def dense_probs(self, logits_TE: Tensor) -> Tensor:
+        """Return the probabilities of all experts, as Megatron computes those of the chosen.
+
+        An expert bias is not in them: it only takes part in the choice.
+
+        Args:
+            logits_TE: [T, E] the logits the routing saw (jitter and forced values included).
+
+        Returns:
+            [T, E] in the dtype of the logits: scores in float32, scaled, then cast
+            (``moe_utils.topk_routing_with_score_function``). With ``normalized_gate`` the sum of
+            the scores is over all experts, where Megatron's is over the chosen.
+        """
+        if self.score_function == "softmax":
+            scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+        elif self.score_function == "sigmoid":
+            scores_TE = torch.sigmoid(logits_TE.float())
+        else:
+            assert self.score_function == "sqrtsoftplus", self.score_function
+            scores_TE = torch.nn.functional.softplus(logits_TE.float()).sqrt()
+        if self.options.normalized_gate:
+            scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+        if self.config.moe_router_topk_scaling_factor:
+            scores_TE = scores_TE * self.config.moe_router_topk_scaling_factor
+        return scores_TE.type_as(logits_TE)
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
+        """Describe the state for a checkpoint as Megatron does, buffers included.
+
+        This estimator's state is left out while a checkpoint without it is about to be loaded.
+        (Relaxing ``--dist-ckpt-strictness`` instead would let any other missing tensor pass.)
+        """
+        state = super().sharded_state_dict(prefix, *args, **kwargs)
+        if self.awaits_baseline:
+            for name in self.checkpointed:
+                del state[prefix + name]
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load; a checkpoint without this state keeps what is at hand if that was asked for."""
+        if self.awaits_baseline:
+            self.awaits_baseline = False
+            for name in self.checkpointed:
+                state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def local_step_sums(self, out: StepSums) -> None:
+        """Write this rank's share of the step into zeroed ``out`` and start the next step."""
+        stats = StepSums.view(self.local_stats, self.num_experts, 0)
+        out.mass.copy_(stats.mass)
+        out.counts.copy_(stats.counts)
+        out.totals.copy_(stats.totals)
+        self.local_stats.zero_()
+
+    @torch.no_grad()
+    def commit(self, taken: bool) -> None:
+        """End the step: use the pending sums if the optimizer took it, forget them otherwise."""
+        step, self.pending = self.pending, None
+        self.step_metrics = None
+        if step is not None and taken:
+            self._commit(step)
+
+    def _commit(self, step: StepSums) -> None:
+        if self.collects_details:
+            self.step_metrics = layer_metrics(step, None, None, None)
