@@ -5,6 +5,7 @@ need any of them, and takes from the router's logits what the layer needs of the
 token did not use.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from megatron_default_moe.layers.layer_metrics import layer_metrics
 from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.step_sums import StepSums
 from megatron_default_moe.maths import functional
+
+_BLENDED_AT_ONCE = 2**24
+"""Numbers of the default vectors of all layers that a commit blends at a time: 64 MB."""
 
 SETTLED = 1_000_000
 """Number of updates after which 1 - beta^n is 1 in float32 for any useful beta."""
@@ -55,6 +59,11 @@ class DefaultMoERouter(ObservedTopKRouter):
         # Order before-use: the vectors this micro-batch uses, from the experts' side to the end
         # of its layer: [E, D].
         self._micro_batch_vectors: Tensor | None = None
+        self.rows_may_be_padding = bool(
+            config.moe_pad_expert_input_to_capacity
+            or config.moe_router_padding_for_quantization
+            or config.moe_token_dispatcher_type == "flex"
+        )
 
     def set_layer_number(self, layer_number: int) -> None:
         """Take the global layer number, which also seeds a Gaussian start of the vectors."""
@@ -64,6 +73,10 @@ class DefaultMoERouter(ObservedTopKRouter):
             generator = torch.Generator().manual_seed(self.model_layer_number)
             start = torch.randn(self.default_vectors.shape, generator=generator)
             self.default_vectors.copy_(start * self.config.init_method_std)
+
+    def _forget_routing(self) -> None:
+        super()._forget_routing()
+        self._micro_batch_vectors = None
 
     @property
     def uses_vectors(self) -> bool:
@@ -87,13 +100,17 @@ class DefaultMoERouter(ObservedTopKRouter):
         if not (self.counts_this_pass or self._mixes_micro_batch):
             return
         assert self.routed_probs is not None
-        weighting, active_TE = self.options.weighting, self._active()
-        mass_E = functional.router_mass(self.routed_probs, active_TE, weighting).float()
+        weighting = self.options.weighting
+        mass_E = functional.router_mass(self.routed_probs, weighting).float()
         sums_eD = functional.expert_sums(
-            rows.detach(), tokens_per_expert, probs.detach(), weighting
+            rows.detach(),
+            tokens_per_expert,
+            probs.detach(),
+            weighting,
+            padded=self.rows_may_be_padding,
         ).float()
         if self.counts_this_pass:
-            self._count(active_TE)
+            self._count(self._active())
             StepSums.view(self.local_stats, self.num_experts, 0).mass.add_(mass_E)
             self.local_sums.add_(sums_eD)
         if self._mixes_micro_batch:
@@ -107,20 +124,25 @@ class DefaultMoERouter(ObservedTopKRouter):
         sums_ED[self.local_experts] = sums_eD
         mass_E.copy_(own_mass_E)
         torch.distributed.all_reduce(flat, group=self.tp_dp_cp_group)
-        vectors_ED = functional.ema(self.default_vectors, sums_ED, mass_E, self.options.beta)
-        updates_E = self.default_vector_updates + functional.accepted_experts(sums_ED, mass_E)
-        self._micro_batch_vectors = self._corrected(vectors_ED, updates_E)
+        mean_ED, accepted_E = functional.mean_outputs(sums_ED, mass_E)
+        beta = self.options.beta
+        vectors_ED = functional.blend(self.default_vectors, mean_ED, accepted_E, beta)
+        self._micro_batch_vectors = self._corrected(vectors_ED, accepted_E)
 
     def vectors_in_use(self) -> Tensor:
         """[E, D] the default vectors that the current micro-batch uses."""
         if self._mixes_micro_batch:
             assert self._micro_batch_vectors is not None
             return self._micro_batch_vectors
-        return self._corrected(self.default_vectors, self.default_vector_updates)
+        return self._corrected(self.default_vectors)
 
-    def _corrected(self, vectors_ED: Tensor, updates_E: Tensor) -> Tensor:
+    def _corrected(self, vectors_ED: Tensor, just_updated_E: Tensor | None = None) -> Tensor:
+        """The vectors to use; ``just_updated_E`` marks those with an update that is not counted."""
         if not self.options.bias_correction:
             return vectors_ED
+        updates_E = self.default_vector_updates
+        if just_updated_E is not None:
+            updates_E = updates_E + just_updated_E
         return functional.bias_corrected(vectors_ED, updates_E, self.options.beta)
 
     def finish_output(self, output: Tensor) -> Tensor:
@@ -139,44 +161,68 @@ class DefaultMoERouter(ObservedTopKRouter):
         if not self.uses_vectors:
             return super().finish_output(output)
         inactive_TE = functional.inactive_probs(self._dense(), self._active())
-        self._forget_routing()
         vectors_ED = self.vectors_in_use()
+        self._forget_routing()
         flat_TD = output.reshape(-1, self.vector_width)
         if self.options.in_forward:
             result_TD = functional.add_default_term(flat_TD, inactive_TE, vectors_ED)
         else:
             result_TD = functional.attach_default_gradient(flat_TD, inactive_TE, vectors_ED)
         if self.collects_details and self.counts_this_pass:
-            self._count_norms(flat_TD, result_TD)
+            self._count_norms(inactive_TE, vectors_ED, result_TD)
         return result_TD.view_as(output)
 
     @torch.no_grad()
-    def _count_norms(self, flat_TD: Tensor, result_TD: Tensor) -> None:
+    def _count_norms(self, inactive_TE: Tensor, vectors_ED: Tensor, result_TD: Tensor) -> None:
         totals = StepSums.view(self.local_stats, self.num_experts, 0).totals
-        totals[2] += (result_TD - flat_TD).float().square().sum()
+        if self.options.in_forward:
+            # Not the difference of the outputs, in which a bf16 output has lost a small term.
+            term_TD = inactive_TE.to(vectors_ED.dtype) @ vectors_ED
+            totals[2] += term_TD.square().sum()
         totals[3] += result_TD.float().square().sum()
 
-    def local_step_sums(self, out: StepSums) -> None:
-        """Write this rank's share of the step into zeroed ``out`` and start the next step."""
-        super().local_step_sums(out)
-        out.sums[self.local_experts] = self.local_sums
-        self.local_sums.zero_()
+    def step_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pair the parts of ``flat`` with the local sums that go there."""
+        sums_ED = StepSums.view(flat, self.num_experts, self.vector_width).sums
+        return [*super().step_parts(flat), (sums_ED[self.local_experts], self.local_sums)]
 
-    def _commit(self, step: StepSums) -> None:
-        """Blend the sums of the step into the default vectors."""
-        if self.frozen_expert_bias:
-            return
-        accepted_E = functional.accepted_experts(step.sums, step.mass)
-        self.rejected_updates.add_(((step.counts > 0) & ~accepted_E).sum())
-        before = self.default_vectors
-        after = functional.ema(before, step.sums, step.mass, self.options.beta)
-        if self.collects_details:
-            self.step_metrics = layer_metrics(step, before, after, self.rejected_updates)
-        self.default_vectors.copy_(after)
-        self.default_vector_updates.add_(accepted_E)
-        self.awaits_baseline = False
+    @classmethod
+    def take_step(cls, taking: Sequence[ObservedTopKRouter]) -> None:
+        """Blend the sums of the step into the default vectors, many layers at a time."""
+        routers = [
+            router
+            for router in taking
+            if isinstance(router, DefaultMoERouter) and not router.frozen_expert_bias
+        ]
+        if routers:
+            at_a_time = max(1, _BLENDED_AT_ONCE // routers[0].default_vectors.numel())
+            for first in range(0, len(routers), at_a_time):
+                _blend_together(routers[first : first + at_a_time])
 
     @torch.no_grad()
     def settle(self) -> None:
         """Take the vectors that have been set for settled: bias correction leaves them as is."""
         self.default_vector_updates.clamp_(max=1).mul_(SETTLED)
+
+
+def _blend_together(routers: list[DefaultMoERouter]) -> None:
+    """Blend the pending sums of some layers into their vectors: [L, E, D], layer by layer."""
+    steps = [router.pending for router in routers if router.pending is not None]
+    mean_LED, accepted_LE = functional.mean_outputs(
+        torch.stack([step.sums for step in steps]), torch.stack([step.mass for step in steps])
+    )
+    counted_LE = torch.stack([step.counts for step in steps]) > 0
+    before_LED = torch.stack([router.default_vectors for router in routers])
+    beta = routers[0].options.beta
+    after_LED = functional.blend(before_LED, mean_LED, accepted_LE, beta)
+    rejected_L1 = (counted_LE & ~accepted_LE).sum(-1, keepdim=True)
+    torch._foreach_add_([router.rejected_updates for router in routers], list(rejected_L1))
+    for router, step, before_ED, after_ED in zip(
+        routers, steps, before_LED, after_LED, strict=True
+    ):
+        router.awaits_baseline = False
+        if router.collects_details:
+            router.step_metrics = layer_metrics(step, before_ED, after_ED, router.rejected_updates)
+    torch._foreach_copy_([router.default_vectors for router in routers], list(after_LED))
+    updates = [router.default_vector_updates for router in routers]
+    torch._foreach_add_(updates, list(accepted_LE.to(torch.int64)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_default_moe.kernels import sums, term
 from megatron_default_moe.layers.default_router import DefaultMoERouter
 from megatron_default_moe.layers.step_sums import StepSums
+from megatron_default_moe.maths import functional
 
 
 class FusedDefaultMoERouter(DefaultMoERouter):
@@ -83,17 +84,19 @@ class FusedDefaultMoERouter(DefaultMoERouter):
         scale = self.config.moe_router_topk_scaling_factor or 1.0
         if self.score_function != "softmax":
             scores_TE, scale = self._dense(), None
-        self._forget_routing()
         flat_TD = output.reshape(-1, self.vector_width)
+        vectors_ED = self.vectors_in_use()
         result_TD = term.add_default_term(
             flat_TD,
             scores_TE,
             probs_TE,
             map_TE,
-            self.vectors_in_use(),
+            vectors_ED,
             softmax_scale=scale,
             in_forward=self.options.in_forward,
         )
         if self.collects_details and self.counts_this_pass:
-            self._count_norms(flat_TD, result_TD)
+            inactive_TE = functional.inactive_probs(self._dense(), map_TE)
+            self._count_norms(inactive_TE, vectors_ED, result_TD)
+        self._forget_routing()
         return result_TD.view_as(output)

@@ -5,6 +5,7 @@ experts have run: what lies between may be replayed from a CUDA graph. The estim
 gradient are its subclasses; the layer, the dispatchers and the optimizer step know this class only.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class ObservedTopKRouter(TopKRouter):
     def _count(self, active_TE: Tensor) -> None:
         stats = StepSums.view(self.local_stats, self.num_experts, 0)
         stats.counts.add_(active_TE.sum(0))
-        stats.totals[0] += active_TE.shape[0]
+        stats.totals[0].add_(active_TE.shape[0])
         if self.collects_details:
             self._count_entropy()
 
@@ -231,22 +232,22 @@ class ObservedTopKRouter(TopKRouter):
                 state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def local_step_sums(self, out: StepSums) -> None:
-        """Write this rank's share of the step into zeroed ``out`` and start the next step."""
-        stats = StepSums.view(self.local_stats, self.num_experts, 0)
-        out.mass.copy_(stats.mass)
-        out.counts.copy_(stats.counts)
-        out.totals.copy_(stats.totals)
-        self.local_stats.zero_()
+    def step_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pair the parts of the step's flat buffer with the local sums that go there.
 
-    @torch.no_grad()
-    def commit(self, taken: bool) -> None:
-        """End the step: use the pending sums if the optimizer took it, forget them otherwise."""
-        step, self.pending = self.pending, None
-        self.step_metrics = None
-        if step is not None and taken:
-            self._commit(step)
+        Args:
+            flat: [StepSums.numel] this layer's part of the buffer that is all-reduced.
+        """
+        return [(flat[-self.local_stats.numel() :], self.local_stats)]
 
-    def _commit(self, step: StepSums) -> None:
-        if self.collects_details:
-            self.step_metrics = layer_metrics(step, None, None, None)
+    @classmethod
+    def take_step(cls, taking: "Sequence[ObservedTopKRouter]") -> None:
+        """End a step that the optimizer took, for all layers of a stage whose sums are pending.
+
+        Args:
+            taking: routers of this class; each one's ``pending`` is the whole global batch.
+        """
+        for router in taking:
+            if router.collects_details:
+                assert router.pending is not None
+                router.step_metrics = layer_metrics(router.pending, None, None, None)

@@ -11,6 +11,7 @@ All sums are taken in float32 at least. Nothing here synchronises the device wit
 that a ``tokens_per_expert_e`` which already lives on the host is read there.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ Weighting = Literal["router", "uniform"]
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Return float32, or the tensor's own dtype if that is wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32
 
 
 def inactive_probs(probs_TE: Tensor, active_TE: Tensor) -> Tensor:
@@ -72,7 +73,11 @@ def default_term(probs_TE: Tensor, active_TE: Tensor, default_vectors_ED: Tensor
 
 
 def add_default_term(output_TD: Tensor, inactive_TE: Tensor, default_vectors_ED: Tensor) -> Tensor:
-    """Return ``output + inactive @ Ê``: the product in the dtype of Ê, then cast, then added.
+    """Return ``output + inactive @ Ê``, rounded once to the dtype of the output.
+
+    A bfloat16 output takes the product from operands split into bfloat16 parts
+    (:class:`_SplitTerm`): no float32 tensor of the output's size is made. (In float16 parts of
+    small numbers would be lost: there the product is made in float32, cast and added.)
 
     Args:
         output_TD: [T, D] the routed experts' combined output.
@@ -85,7 +90,48 @@ def add_default_term(output_TD: Tensor, inactive_TE: Tensor, default_vectors_ED:
     vectors_ED = default_vectors_ED.detach()
     if output_TD.dtype == vectors_ED.dtype == inactive_TE.dtype:
         return torch.addmm(output_TD, inactive_TE, vectors_ED)
+    if output_TD.dtype == torch.bfloat16:
+        return _SplitTerm.apply(output_TD, inactive_TE, vectors_ED)
     return output_TD + (inactive_TE.to(vectors_ED.dtype) @ vectors_ED).to(output_TD.dtype)
+
+
+def _product_gradient(grad_TD: Tensor, vectors_ED: Tensor) -> Tensor:
+    """[T, E] ``grad @ Ê^T`` in the dtype of Ê; of bfloat16 gradients without a copy of them."""
+    if grad_TD.dtype != torch.bfloat16 or grad_TD.device.type == "cpu":
+        return grad_TD.to(vectors_ED.dtype) @ vectors_ED.t()
+    num_experts, width = vectors_ED.shape
+    parts_2ED = grad_TD.new_empty(2, num_experts, width)
+    parts_2ED[0].copy_(vectors_ED)
+    torch.sub(vectors_ED, parts_2ED[0], out=parts_2ED[1])
+    halves_T2E = torch.mm(grad_TD, parts_2ED.flatten(0, 1).t(), out_dtype=torch.float32)
+    return halves_T2E[:, :num_experts] + halves_T2E[:, num_experts:]
+
+
+class _SplitTerm(torch.autograd.Function):
+    """``output + p @ v`` as one bfloat16 product: ``[p_hi, p_hi, p_lo] @ [v_hi; v_lo; v_hi]``.
+
+    With ``x_hi`` the bfloat16 nearest to x and ``x_lo`` the one nearest to the rest, only the
+    product of the two rests is left out, 2^-16 of the term. What is saved is the buffer of the
+    vectors itself; its parts are made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output_TD: Tensor, inactive_TE: Tensor, vectors_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(vectors_ED)
+        ctx.inactive_dtype = inactive_TE.dtype
+        (num_tokens, num_experts), width = inactive_TE.shape, vectors_ED.shape[1]
+        probs_T3E = output_TD.new_empty(num_tokens, 3, num_experts)
+        probs_T3E[:, :2].copy_(inactive_TE.unsqueeze(1))
+        torch.sub(inactive_TE, probs_T3E[:, 0], out=probs_T3E[:, 2])
+        vectors_3ED = output_TD.new_empty(3, num_experts, width)
+        vectors_3ED[::2].copy_(vectors_ED)
+        torch.sub(vectors_ED, vectors_3ED[0], out=vectors_3ED[1])
+        return torch.addmm(output_TD, probs_T3E.flatten(1), vectors_3ED.flatten(0, 1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad_TD,), (vectors_ED,) = grads_TD, ctx.saved_tensors
+        return grad_TD, _product_gradient(grad_TD, vectors_ED).to(ctx.inactive_dtype), None
 
 
 class _DefaultGradientOnly(torch.autograd.Function):
@@ -101,10 +147,8 @@ class _DefaultGradientOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad_TD,) = grads_TD
-        (vectors_ED,) = ctx.saved_tensors
-        grad_TE = grad_TD.to(vectors_ED.dtype) @ vectors_ED.t()
-        return grad_TD, grad_TE.to(ctx.inactive_dtype), None
+        (grad_TD,), (vectors_ED,) = grads_TD, ctx.saved_tensors
+        return grad_TD, _product_gradient(grad_TD, vectors_ED).to(ctx.inactive_dtype), None
 
 
 def attach_default_gradient(
@@ -119,35 +163,66 @@ def attach_default_gradient(
 
 
 def expert_sums(
-    rows_RD: Tensor, tokens_per_expert_e: Tensor, probs_R: Tensor, weighting: Weighting
+    rows_RD: Tensor,
+    tokens_per_expert_e: Tensor,
+    probs_R: Tensor,
+    weighting: Weighting,
+    *,
+    padded: bool = True,
 ) -> Tensor:
     """Sum the rows the local experts returned, per expert.
 
     Megatron's experts return ``pi_i(x) E_i(x)``. Weighting ``router`` wants exactly their sum;
     ``uniform`` divides each row by its probability first. Rows with probability zero are padding
-    and count as nothing, whatever they hold.
+    and count as nothing, whatever they hold. Every expert is summed by itself (and not all by one
+    product with a selecting matrix, which would be fewer operations), so that a row that is not
+    finite spoils the sum of its own expert only.
 
     Args:
         rows_RD: [R, D] expert outputs sorted by expert; rows beyond the counts are ignored.
         tokens_per_expert_e: [e] integer row counts, on the host or on the device.
         probs_R: [R] router probability of each row.
         weighting: ``router`` or ``uniform``.
+        padded: whether rows may be padding that is not finite; off saves a copy of all rows.
 
     Returns:
         [e, D] sums in the accumulation dtype of the rows, without a gradient. Deterministic for
         host counts; device counts use atomic additions.
     """
     with torch.no_grad():
-        dtype = accumulation_dtype(rows_RD)
-        probs_R1 = probs_R.reshape(-1, 1)
-        if weighting == "uniform":
-            rows_RD = rows_RD.to(dtype) / probs_R1.to(dtype)
-        rows_RD = torch.where(probs_R1 != 0, rows_RD, 0)
-        if tokens_per_expert_e.device.type == "cpu":
-            counts = tokens_per_expert_e.tolist()
-            segments = rows_RD[: sum(counts)].split(counts)
-            return torch.stack([segment.sum(0, dtype=dtype) for segment in segments])
-        return _segment_sums_on_device(rows_RD, tokens_per_expert_e, dtype)
+        dtype, probs_R1 = accumulation_dtype(rows_RD), probs_R.reshape(-1, 1)
+        on_host = tokens_per_expert_e.device.type == "cpu"
+        if padded or not on_host:
+            rows_RD = rows_RD.masked_fill(probs_R1 == 0, 0)
+        if not on_host:
+            if weighting == "uniform":
+                rows_RD = rows_RD.to(dtype) / probs_R1.to(dtype).masked_fill(probs_R1 == 0, 1)
+            return _segment_sums_on_device(rows_RD, tokens_per_expert_e, dtype)
+        counts = tokens_per_expert_e.tolist()
+        sums_eD = rows_RD.new_empty(len(counts), rows_RD.shape[1], dtype=dtype)
+        segments = rows_RD[: sum(counts)].split(counts)
+        if weighting == "router":
+            for segment, sum_D in zip(segments, sums_eD, strict=True):
+                torch.sum(segment, 0, dtype=dtype, out=sum_D)
+            return sums_eD
+        inverse_1R = (1.0 / probs_R1.to(dtype)).masked_fill_(probs_R1 == 0, 0).t()
+        weights = inverse_1R[:, : sum(counts)].split(counts, dim=1)
+        for segment, weight, sum_D in zip(segments, weights, sums_eD, strict=True):
+            sum_D.copy_(_weighted_sum(weight, segment))
+        return sums_eD
+
+
+def _weighted_sum(weights_1R: Tensor, rows_RD: Tensor) -> Tensor:
+    """[D] ``sum of w_r row_r``, in the dtype of the weights."""
+    if rows_RD.dtype == torch.bfloat16 and rows_RD.device.type != "cpu":
+        # Three parts hold a float32's 24 bits, so the rows need no copy in float32.
+        parts_3R = rows_RD.new_empty(3, rows_RD.shape[0])
+        rest_1R = weights_1R
+        for part_R in parts_3R:
+            part_R.copy_(rest_1R[0])
+            rest_1R = rest_1R - part_R
+        return torch.mm(parts_3R, rows_RD, out_dtype=torch.float32).sum(0)
+    return (weights_1R @ rows_RD.to(weights_1R.dtype))[0]
 
 
 def _segment_sums_on_device(
@@ -162,12 +237,12 @@ def _segment_sums_on_device(
     return sums.index_add_(0, expert_R, rows_RD.to(dtype))[:-1]
 
 
-def router_mass(probs_TE: Tensor, active_TE: Tensor, weighting: Weighting) -> Tensor:
+def router_mass(probs_TE: Tensor, weighting: Weighting) -> Tensor:
     """Return the weight each expert's sum carries: the denominator of its mean output.
 
     Args:
-        probs_TE: [T, E] the probabilities the experts' rows were multiplied by.
-        active_TE: [T, E] bool, the experts each token used.
+        probs_TE: [T, E] the probabilities the experts' rows were multiplied by, zero at the experts
+            that a token does not use.
         weighting: ``router`` sums the probabilities, ``uniform`` counts the tokens.
 
     Returns:
@@ -176,14 +251,33 @@ def router_mass(probs_TE: Tensor, active_TE: Tensor, weighting: Weighting) -> Te
     with torch.no_grad():
         dtype = accumulation_dtype(probs_TE)
         if weighting == "uniform":
-            return active_TE.sum(0).to(dtype)
-        return torch.where(active_TE, probs_TE, 0).sum(0, dtype=dtype)
+            return (probs_TE != 0).sum(0, dtype=dtype)
+        return probs_TE.sum(0, dtype=dtype)
 
 
-def accepted_experts(sums_ED: Tensor, mass_E: Tensor) -> Tensor:
-    """Return [E] bool: the experts whose mean output S_i/N_i exists and is finite."""
+def mean_outputs(sums_ED: Tensor, mass_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each expert's mean output S_i/N_i, and where it exists and is finite.
+
+    Args:
+        sums_ED: [..., E, D] sums (:func:`expert_sums`, over all ranks).
+        mass_E: [..., E] their weights (:func:`router_mass`, over all ranks).
+
+    Returns:
+        [..., E, D] the means, and [..., E] bool where they may be used.
+    """
     mean_ED = sums_ED / mass_E.unsqueeze(-1)
-    return (mass_E > 0) & mass_E.isfinite() & mean_ED.isfinite().all(-1)
+    # A comparison with NaN is false, so these are the finite ones.
+    finite_E = mean_ED.abs().amax(-1) < math.inf
+    return mean_ED, finite_E & (mass_E > 0) & (mass_E < math.inf)
+
+
+def blend(vectors_ED: Tensor, mean_ED: Tensor, accepted_E: Tensor, beta: float) -> Tensor:
+    """Return ``beta Ê_i + (1 - beta) m_i`` at accepted experts, elsewhere Ê_i to the bit.
+
+    Arguments as in :func:`ema`, the means from :func:`mean_outputs`.
+    """
+    blended_ED = torch.lerp(vectors_ED, mean_ED.to(vectors_ED.dtype), 1.0 - beta)
+    return torch.where(accepted_E.unsqueeze(-1), blended_ED, vectors_ED)
 
 
 def ema(default_vectors_ED: Tensor, sums_ED: Tensor, mass_E: Tensor, beta: float) -> Tensor:
@@ -193,18 +287,15 @@ def ema(default_vectors_ED: Tensor, sums_ED: Tensor, mass_E: Tensor, beta: float
     Ê_i stays as it was, to the bit (arXiv 2504.12463).
 
     Args:
-        default_vectors_ED: [E, D] the vectors before the step.
-        sums_ED: [E, D] sums over the tokens of the step (:func:`expert_sums`, over all ranks).
-        mass_E: [E] their weights (:func:`router_mass`, over all ranks).
+        default_vectors_ED: [..., E, D] the vectors before the step; leading dimensions are layers.
+        sums_ED: [..., E, D] sums over the tokens of the step.
+        mass_E: [..., E] their weights.
         beta: in [0, 1), the share of the old vector.
 
     Returns:
-        [E, D], a new tensor.
+        [..., E, D], a new tensor.
     """
-    mean_ED = sums_ED / mass_E.unsqueeze(-1)
-    accepted_E1 = accepted_experts(sums_ED, mass_E).unsqueeze(-1)
-    blended_ED = beta * default_vectors_ED + (1.0 - beta) * mean_ED
-    return torch.where(accepted_E1, blended_ED, default_vectors_ED)
+    return blend(default_vectors_ED, *mean_outputs(sums_ED, mass_E), beta)
 
 
 def bias_corrected(default_vectors_ED: Tensor, updates_E: Tensor, beta: float) -> Tensor:

@@ -54,8 +54,7 @@ def statistics(batch: dict[str, Any], tokens: Tensor) -> tuple[Tensor, Tensor]:
     )
     chosen_TE = torch.nn.functional.one_hot(expert_T, batch["experts"]).bool()
     probs_TE = prob_T.unsqueeze(-1).expand(-1, batch["experts"])
-    active_TE = chosen_TE & (probs_TE != 0)
-    return sums_ED, functional.router_mass(probs_TE, active_TE, batch["weighting"])
+    return sums_ED, functional.router_mass(probs_TE * chosen_TE, batch["weighting"])
 
 
 def near(actual: Tensor, expected: Tensor) -> None:
