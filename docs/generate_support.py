@@ -8,7 +8,8 @@ TEXT = """# What works with default vectors, and what does not
 
 Generated from `megatron_default_moe/options/support.py` by `python docs/generate_support.py`; a
 test keeps the two equal. *refused*: the program ends with this sentence before training starts.
-*warned*: it says so and goes on. *(default)*: only with `--moe-router-gradient default`.
+*warned*: it says so and goes on. *noted*: it says what it
+does otherwise than Megatron. *(default)*: only with `--moe-router-gradient default`.
 
 What the table does not name works as in Megatron. Tested against float64 references: every
 dispatcher but flex, capacity limits, groups of experts, expert bias (it chooses experts and weighs

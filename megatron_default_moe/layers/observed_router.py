@@ -130,6 +130,32 @@ class ObservedTopKRouter(TopKRouter):
         self.routed_probs = probs_TE.detach()
         return probs_TE, map_TE
 
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: Tensor,
+        aux_loss_coeff: float,
+        aux_loss: Tensor,
+        aux_loss_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attach a balance loss as Megatron does; the global one at the strength it asks for.
+
+        Each rank's share of ``global_aux_loss`` is divided by the tokens of all data-parallel
+        ranks, over which the gradient is then averaged once more (Megatron-LM #3672): that second
+        division is taken back here. What is logged, loss over coefficient, stays. (A Megatron with
+        the diff in ``patches/`` hands over a larger coefficient: nothing is left to do.)
+        """
+        stock = aux_loss_coeff == self.get_aux_loss_coeff("global_aux_loss")
+        is_global = aux_loss_name == "global_load_balancing_loss"
+        if is_global and stock and self.options.global_aux_loss_exact:
+            dp_size = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
+            aux_loss_coeff, aux_loss = aux_loss_coeff * dp_size, aux_loss * dp_size
+        attached: Tensor = super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **kwargs
+        )
+        return attached
+
     def _active(self) -> Tensor:
         """[T, E] bool: the experts that each token of the micro-batch uses.
 

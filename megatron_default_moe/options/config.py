@@ -35,6 +35,11 @@ class RouterGradientConfig:
     """Router-gradient estimator. 'default' (Default MoE) lets the default vector of every expert
     a token did not use stand in for that expert's output; 'topk' is stock Megatron."""
 
+    global_aux_loss_exact: bool = _switch(True, "moe-global-aux-loss-exact")
+    """Apply --moe-router-load-balancing-type global_aux_loss as strongly as --moe-aux-loss-coeff
+    says, whatever the number of data-parallel ranks. Off: as Megatron 0.19 does, which divides its
+    gradient by their number."""
+
     beta: float = _flag(0.99, "default-vector-beta")
     """Share of the old default vector kept at each optimizer step, in [0, 1)."""
 

@@ -25,7 +25,7 @@ class Rule:
 
     situation: str
     """What the user asked for, in the user's flags."""
-    verdict: Literal["refused", "warned"]
+    verdict: Literal["refused", "warned", "noted"]
     sentence: str
     """Why, and what to do instead."""
     applies: Callable[[Settings], Any]
@@ -92,13 +92,28 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "--moe-router-load-balancing-type global_aux_loss",
-        "warned",
-        "--moe-router-load-balancing-type global_aux_loss acts 1/DP as strongly as its"
-        " --moe-aux-loss-coeff says in Megatron 0.19, which averages its gradient over the"
-        " data-parallel ranks: with more than one, multiply the coefficient by their number or"
-        " apply patches/megatron-core/global-aux-loss-gradient.patch",
+        "noted",
+        "--moe-router-load-balancing-type global_aux_loss acts as strongly as its"
+        " --moe-aux-loss-coeff says, whatever the number of data-parallel ranks; in Megatron 0.19"
+        " it acts 1/DP as strongly, which --no-moe-global-aux-loss-exact keeps (for a coefficient"
+        " that was tuned with it)",
         # Arguments only, so that it is said once.
-        lambda s: s.num_experts and "global_aux_loss" in s.balancing,
+        lambda s: (
+            s.num_experts and "global_aux_loss" in s.balancing and s.options.global_aux_loss_exact
+        ),
+        topk_too=True,
+    ),
+    Rule(
+        "--no-moe-global-aux-loss-exact",
+        "warned",
+        "--no-moe-global-aux-loss-exact leaves global_aux_loss 1/DP as strong as its"
+        " --moe-aux-loss-coeff says, as Megatron 0.19 does: with more than one data-parallel rank"
+        " multiply the coefficient by their number, or drop the flag",
+        lambda s: (
+            s.num_experts
+            and "global_aux_loss" in s.balancing
+            and not s.options.global_aux_loss_exact
+        ),
         topk_too=True,
     ),
     Rule(
@@ -340,13 +355,13 @@ RULES: tuple[Rule, ...] = (
 def check(
     source: Any, options: RouterGradientConfig, own_entry: bool = True, warn: bool = True
 ) -> None:
-    """Refuse what does not work and warn of what may surprise.
+    """Refuse what does not work, warn of what may surprise, and note what is done otherwise.
 
     Args:
         source: Megatron's parsed arguments or a TransformerConfig.
         options: the package's options.
         own_entry: whether this package's own entry asks, or Megatron's (patched) script.
-        warn: whether to warn, which rank 0 does.
+        warn: whether to warn and note, which rank 0 does.
 
     Raises:
         UserError: the first refused situation, as one sentence.

@@ -117,9 +117,10 @@ ROWS = [
     Row("dense-first", "pp2", full=True),
     Row("seq-aux", "dp2 ep2", full=True, micro_batches=4),
     Row("seq-aux", "dp2", full=True),
-    # Upstream's global_aux_loss sums over ranks, and its gradient is then averaged over data
-    # parallel ranks: its weight is the coefficient over DP. So these rows keep DP at 1.
-    Row("global-aux", "tp2"),
+    Row("global-aux", "dp2"),
+    Row("global-aux", "dp2 ep2"),
+    Row("global-aux", "dp4", full=True),
+    Row("global-aux", "tp2", full=True),
     Row("global-aux", "pp2", full=True),
     Row("starved", "dp2 ep2"),
     Row("starved", "tp2", full=True),

@@ -36,6 +36,7 @@ SWITCHES = [
     "--default-vector-bias-correction",
     "--default-vector-normalized-gate",
     "--default-vector-kernels",
+    "--moe-global-aux-loss-exact",
 ]
 DESIGN_FLAGS = {
     *DESIGN_CHOICES,
@@ -47,6 +48,7 @@ DESIGN_FLAGS = {
 }
 DEFAULTS = {
     "gradient": "default",
+    "global_aux_loss_exact": True,
     "beta": 0.99,
     "weighting": "router",
     "order": "after-use",
@@ -166,6 +168,7 @@ def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
     ("argv", "field", "value"),
     [
         (["--moe-router-gradient", "topk"], "gradient", "topk"),
+        (["--no-moe-global-aux-loss-exact"], "global_aux_loss_exact", False),
         (["--default-vector-beta", "0"], "beta", 0.0),
         (["--default-vector-beta", "0.5"], "beta", 0.5),
         (["--default-vector-weighting", "uniform"], "weighting", "uniform"),

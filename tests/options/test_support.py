@@ -112,6 +112,9 @@ TRIGGERS = {
         f"{GOOD} --moe-router-load-balancing-type global_aux_loss",
         f"{GOOD} --moe-router-load-balancing-type aux_loss global_aux_loss",
     ],
+    "--no-moe-global-aux-loss-exact": [
+        f"{GOOD} --moe-router-load-balancing-type global_aux_loss --no-moe-global-aux-loss-exact",
+    ],
     "--init-model-with-meta-device without a checkpoint": [
         f"{GOOD} --init-model-with-meta-device",
     ],
@@ -367,7 +370,7 @@ def test_topk_is_concerned_by_the_rules_marked_for_it(
 def test_both_marks_occur() -> None:
     """Else the test above would be one-sided."""
     assert {rule.topk_too for rule in support.RULES} == {True, False}
-    assert {rule.verdict for rule in support.RULES} == {"refused", "warned"}
+    assert {rule.verdict for rule in support.RULES} == {"refused", "warned", "noted"}
 
 
 def test_the_way_out_that_a_sentence_offers_works(parser: argparse.ArgumentParser) -> None:
