@@ -25,6 +25,14 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32
 
 
+def _multiplies_parts(tensor: Tensor) -> bool:
+    """Whether a product with ``tensor`` is made of bfloat16 parts, with a float32 result.
+
+    The CPU has no such product (``mm`` with ``out_dtype``): there the tensor is cast.
+    """
+    return tensor.dtype == torch.bfloat16 and tensor.device.type != "cpu"
+
+
 def inactive_probs(probs_TE: Tensor, active_TE: Tensor) -> Tensor:
     """Return the router probabilities of the experts a token did not use.
 
@@ -97,7 +105,7 @@ def add_default_term(output_TD: Tensor, inactive_TE: Tensor, default_vectors_ED:
 
 def _product_gradient(grad_TD: Tensor, vectors_ED: Tensor) -> Tensor:
     """[T, E] ``grad @ Ê^T`` in the dtype of Ê; of bfloat16 gradients without a copy of them."""
-    if grad_TD.dtype != torch.bfloat16 or grad_TD.device.type == "cpu":
+    if not _multiplies_parts(grad_TD):
         return grad_TD.to(vectors_ED.dtype) @ vectors_ED.t()
     num_experts, width = vectors_ED.shape
     parts_2ED = grad_TD.new_empty(2, num_experts, width)
@@ -205,24 +213,33 @@ def expert_sums(
             for segment, sum_D in zip(segments, sums_eD, strict=True):
                 torch.sum(segment, 0, dtype=dtype, out=sum_D)
             return sums_eD
-        inverse_1R = (1.0 / probs_R1.to(dtype)).masked_fill_(probs_R1 == 0, 0).t()
-        weights = inverse_1R[:, : sum(counts)].split(counts, dim=1)
-        for segment, weight, sum_D in zip(segments, weights, sums_eD, strict=True):
-            sum_D.copy_(_weighted_sum(weight, segment))
+        weights_PR = _row_weights(probs_R1.reshape(-1), rows_RD)
+        for weights, segment, sum_D in zip(
+            weights_PR[:, : sum(counts)].split(counts, dim=1), segments, sums_eD, strict=True
+        ):
+            if weights.dtype == segment.dtype != dtype:
+                products_PD = torch.mm(weights, segment, out_dtype=dtype)
+            else:
+                products_PD = weights @ segment.to(dtype)
+            torch.sum(products_PD, 0, out=sum_D)
         return sums_eD
 
 
-def _weighted_sum(weights_1R: Tensor, rows_RD: Tensor) -> Tensor:
-    """[D] ``sum of w_r row_r``, in the dtype of the weights."""
-    if rows_RD.dtype == torch.bfloat16 and rows_RD.device.type != "cpu":
-        # Three parts hold a float32's 24 bits, so the rows need no copy in float32.
-        parts_3R = rows_RD.new_empty(3, rows_RD.shape[0])
-        rest_1R = weights_1R
-        for part_R in parts_3R:
-            part_R.copy_(rest_1R[0])
-            rest_1R = rest_1R - part_R
-        return torch.mm(parts_3R, rows_RD, out_dtype=torch.float32).sum(0)
-    return (weights_1R @ rows_RD.to(weights_1R.dtype))[0]
+def _row_weights(probs_R: Tensor, rows_RD: Tensor) -> Tensor:
+    """[P, R] whose sum over P is ``1 / p`` (zero where p is), to multiply rows with.
+
+    For bfloat16 rows on a device P is three bfloat16 parts, which hold the 24 bits of a float32, so
+    that the rows need no copy in float32; elsewhere it is one row in the accumulation dtype.
+    """
+    dtype = accumulation_dtype(rows_RD)
+    inverse_R = (1.0 / probs_R.to(dtype)).masked_fill_(probs_R == 0, 0)
+    if not _multiplies_parts(rows_RD):
+        return inverse_R.unsqueeze(0)
+    parts_3R = rows_RD.new_empty(3, probs_R.numel())
+    for part_R in parts_3R:
+        part_R.copy_(inverse_R)
+        inverse_R = inverse_R - part_R
+    return parts_3R
 
 
 def _segment_sums_on_device(

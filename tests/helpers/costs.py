@@ -13,6 +13,8 @@ import torch
 from building import build_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_default_moe import commit, reduce_step_sums
+
 TOKENS, WIDTH, EXPERTS, LOCAL, TOPK = 4096, 2048, 32, 8, 4
 ROWS = TOKENS * TOPK
 
@@ -32,10 +34,12 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.is_view or func.__name__.startswith(("detach", "_local_scalar", "empty", "alias")):
+        # Questions that PyTorch asks itself, memory without a value, and views launch nothing.
+        name = func.__name__
+        if func.is_view or name.startswith(("detach", "promote_types", "empty", "new_empty")):
             return result
         self.counted.operations += 1
-        self.counted.names.append(func.__name__)
+        self.counted.names.append(name)
         given = {id(one) for one in torch.utils._pytree.tree_leaves((args, kwargs))}
         for one in torch.utils._pytree.tree_leaves(result):
             if isinstance(one, torch.Tensor) and id(one) not in given:
@@ -92,6 +96,11 @@ def micro_batch(router: Any) -> dict[str, Any]:
     return {"forward": forward, "backward": backward, "saved": sum(saved.values())}
 
 
-def step(routers: list[Any], layers: Any) -> dict[str, Any]:
-    """Count the reduction (the all-reduce aside) and the commit of a stage."""
-    raise NotImplementedError
+def step(layers: int, **settings: Any) -> tuple[Counted, Counted]:
+    """Count the reduction (the all-reduce itself aside) and the commit of a stage's layers."""
+    stage = torch.nn.ModuleList(router_on_meta(**settings) for _ in range(layers))
+    with counting() as reduction:
+        reduce_step_sums(stage)
+    with counting() as committing:
+        commit(stage, taken=True)
+    return reduction, committing
