@@ -16,6 +16,11 @@ class UserError(ValueError):
     """
 
 
+def rank() -> int:
+    """This process's number in its run, as torchrun gives it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def report(error: UserError) -> int:
     """Print the sentence once per run, and return the exit code of a user's mistake.
 
@@ -23,11 +28,10 @@ def report(error: UserError) -> int:
     the same mistake; if it did not (a file that one node does not see), the node's first rank says
     it.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    if rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(HEAD_START)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+            print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
     return 2

@@ -2,10 +2,10 @@
 
 from megatron_default_moe.loop.patches import (
     PATCHES,
-    check_version,
     install,
     installed,
     uninstall,
 )
+from megatron_default_moe.machine.versions import check_version
 
 __all__ = ["PATCHES", "check_version", "install", "installed", "uninstall"]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_default_moe import UserError, errors, pretrain
+from megatron_default_moe import UserError, errors
+from megatron_default_moe.loop import command_line
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     torchrun = {"TORCHELASTIC_RUN_ID": "1"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match=r"8 ranks on a node with 4 GPUs: --nproc-per-node 4 "):
-        pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "8", **torchrun})
-    pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "4", **torchrun})
-    pretrain._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "8"})
-    pretrain._refuse_ranks_without_gpu({})
+        command_line._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "8", **torchrun})
+    command_line._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "4", **torchrun})
+    command_line._refuse_ranks_without_gpu({"LOCAL_WORLD_SIZE": "8"})
+    command_line._refuse_ranks_without_gpu({})

@@ -1,4 +1,4 @@
-"""What the CPU runtime puts in the place of CUDA names; `runtime.REPLACEMENTS` says where and why.
+"""What the CPU runtime puts in the place of CUDA names; `replacements` says where and why.
 
 A function named after its result, such as `created_on_cpu`, takes the original and returns the
 replacement. All others are the replacement itself.
@@ -7,20 +7,14 @@ replacement. All others are the replacement itself.
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import inspect
 import logging
 import multiprocessing
-import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-_PR_SET_PDEATHSIG = 1
-"""Of Linux' ``prctl``: the signal a process gets when its parent dies."""
 
 planning_on_meta = False
 """Whether the current device is ``meta``; set by `runtime.planning_on_meta`."""
@@ -266,18 +260,6 @@ reduce_scatter_uneven = _for_uneven(_reduce_scatter)
 
 
 # -- Megatron: asynchronous checkpoint writer ------------------------------------------------------
-
-
-def checkpoint_worker(*args: Any, **kwargs: Any) -> None:
-    """For the loop of the writer's own process, which starts without any replacement."""
-    from megatron_default_moe.cpu import runtime
-
-    if sys.platform == "linux":
-        # A rank that is killed cannot end its writer, which would wait for work for ever.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    loop = runtime.prepare_checkpoint_worker()
-    loop(*args, **kwargs)
 
 
 def preload_tensors(write_buckets: Any, non_blocking: bool = True) -> Any:

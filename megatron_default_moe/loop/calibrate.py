@@ -16,8 +16,9 @@ import pathlib
 import sys
 from typing import Any
 
-from megatron_default_moe import pretrain
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.loop import command_line
+from megatron_default_moe.loop.exits import exit_code
 
 
 def run(argv: list[str]) -> None:
@@ -46,7 +47,7 @@ def run(argv: list[str]) -> None:
     if chosen.calibration_batches < 1:
         raise UserError("--calibration-batches must be at least 1 (50 by default)")
     # Megatron asks for an interval with --save; the one save here is not by interval.
-    args, options = pretrain.prepare([*argv, "--save-interval", "1"])
+    args, options = command_line.prepare([*argv, "--save-interval", "1"])
     _check(args, options)
     _as_one_evaluation(args)
     from megatron_default_moe.loop import entry
@@ -56,7 +57,7 @@ def run(argv: list[str]) -> None:
         options, from_baseline=True, init="zeros", order="after-use", beta=0.0
     )
     options = entry.start(args, options)
-    _calibrate(args, pretrain.build_model_config(args, options), chosen.calibration_batches)
+    _calibrate(args, command_line.build_model_config(args, options), chosen.calibration_batches)
 
 
 def _as_one_evaluation(args: Any) -> None:
@@ -175,4 +176,4 @@ def _report(args: Any, batches: int, losses: Any, untouched: int) -> None:
 
 def main() -> int:
     """Run the command line."""
-    return pretrain.exit_code(run, sys.argv[1:])
+    return exit_code(run, sys.argv[1:])

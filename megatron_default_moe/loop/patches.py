@@ -3,8 +3,8 @@
 A patch exists only where Megatron has no hook. Those in ``PATCHES`` are applied once however often
 ``install`` is called, keep the original as ``__wrapped__``, are logged once, and are only applied
 to the versions they were written for; those in ``WHILE_BUILDING`` last as long as one call of
-Megatron's model builder. (What the CPU runtime replaces is its own table, in ``cpu/runtime.py``;
-it never applies where there is a GPU.)
+Megatron's model builder. (What the CPU runtime replaces is a table of its own, in
+``cpu/replacements.py``; it never applies where there is a GPU.)
 
 Importing this module imports nothing of Megatron, so that the version can be checked first.
 """
@@ -16,12 +16,20 @@ import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_default_moe.errors import UserError
+from megatron_default_moe.machine.versions import check_version
+
+__all__ = [
+    "PATCHES",
+    "WHILE_BUILDING",
+    "Patch",
+    "check_version",
+    "install",
+    "installed",
+    "uninstall",
+    "while_building",
+]
 
 logger = logging.getLogger(__name__)
-
-SUPPORTED = ((0, 19), (0, 20))
-"""Megatron-Core versions from (inclusive) and to (exclusive); tested with 0.19.2."""
 
 _MARK = "_megatron_default_moe_patch"
 
@@ -79,24 +87,6 @@ WHILE_BUILDING = (
     ),
 )
 """In place inside ``while_building``."""
-
-
-def check_version() -> None:
-    """Refuse a Megatron-Core outside the supported range.
-
-    Raises:
-        UserError: with the installed version and the range.
-    """
-    from megatron.core import package_info
-
-    version = tuple(package_info.VERSION[:2])
-    low, high = SUPPORTED
-    if not low <= version < high:
-        raise UserError(
-            f"megatron-core {package_info.__shortversion__} is not supported: install a version"
-            f" from {low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}"
-            " (for example megatron-core[training]==0.19.2)"
-        )
 
 
 def installed() -> bool:

@@ -17,8 +17,8 @@ import resource
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from megatron_default_moe.loop.patches import SUPPORTED
 from megatron_default_moe.machine.facts import Gpu, Machine, Version, look
+from megatron_default_moe.machine.versions import SUPPORTED
 
 GIB = 2**30
 

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import importlib
 import io
-import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,12 @@ from typing import Any
 import torch
 
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.loop import command_line
+from megatron_default_moe.machine.doctor import RECIPES
+from megatron_default_moe.options import layout as layout_rules
+from megatron_default_moe.options import support
 from megatron_default_moe.options.config import RouterGradientConfig, options_from_args
+from megatron_default_moe.options.flags import expand_config, refuse_empty_sizes
 from megatron_default_moe.options.settings import Settings
 from megatron_default_moe.plan.cards import Card
 
@@ -145,14 +149,11 @@ def parse(argv: list[str], gpus: int) -> argparse.Namespace:
     """
     from megatron.training.arguments import parse_args
 
-    from megatron_default_moe import pretrain
-    from megatron_default_moe.options.flags import expand_config, refuse_empty_sizes
-
-    parser = pretrain.build_parser()
+    parser = command_line.build_parser()
     argv = expand_config(parser, argv)
     refuse_empty_sizes(parser.parse_args(argv))
     with quiet(), _replaced(sys, "argv", ["plan", *argv]):
-        args = parse_args(pretrain.add_flags)
+        args = parse_args(command_line.add_flags)
     args.rank, args.world_size = 0, gpus
     return args
 
@@ -171,18 +172,13 @@ def check(parsed: argparse.Namespace, card: Card, layout: Layout | None = None) 
     """
     from megatron.training.arguments import validate_args
 
-    from megatron_default_moe.options import support
-    from megatron_default_moe.pretrain import reason_of
-
     args = copy.deepcopy(parsed)
     if layout is not None:
         args.tensor_model_parallel_size = layout.tp
         args.pipeline_model_parallel_size = layout.pp
         args.expert_model_parallel_size = layout.ep
     options = options_from_args(args)
-    _check_division(args, options)
-    with quiet():
-        support.check(args, options, warn=False)
+    _check_layout(args, options)
     vocab = _vocabulary(args)
     _check_countable(args)
     _check_chip(args, card)
@@ -190,15 +186,15 @@ def check(parsed: argparse.Namespace, card: Card, layout: Layout | None = None) 
         with quiet(), as_if_on(card):
             validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise LayoutError(f"Megatron refuses these arguments: {reason_of(error)}") from error
+        raise LayoutError(
+            f"Megatron refuses these arguments: {command_line.reason_of(error)}"
+        ) from error
     layout = Layout(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         args.expert_model_parallel_size,
     )
-    run = CheckedRun(args=args, options=options, layout=layout, vocab=vocab)
-    _check_groups(run)
-    return run
+    return CheckedRun(args=args, options=options, layout=layout, vocab=vocab)
 
 
 _UNCOUNTED = {
@@ -229,8 +225,6 @@ def _check_countable(args: argparse.Namespace) -> None:
 
 def _check_chip(args: argparse.Namespace, card: Card) -> None:
     """Formats that the card does not have, which Transformer Engine would refuse there."""
-    from megatron_default_moe.machine.doctor import RECIPES
-
     chip = f"a {card.name} has {'.'.join(map(str, card.capability))}"
     for recipe in RECIPES if args.fp8 else ():
         if args.fp8_recipe == recipe.name and card.capability < recipe.capability:
@@ -242,56 +236,16 @@ def _check_chip(args: argparse.Namespace, card: Card) -> None:
         raise UserError(f"--fp4-format needs compute capability 10.0 and {chip}: take FP8 or bf16")
 
 
-def _check_division(args: argparse.Namespace, options: RouterGradientConfig) -> None:
-    """What Megatron refuses in words that name no flag, or does not notice."""
-    from megatron_default_moe.options import support
-
-    replica = {
-        "tensor-model-parallel-size": args.tensor_model_parallel_size,
-        "pipeline-model-parallel-size": args.pipeline_model_parallel_size,
-        "context-parallel-size": args.context_parallel_size,
-    }
-    ranks = math.prod(replica.values())
-    if args.world_size % ranks:
-        sizes = " x ".join(f"--{name} {size}" for name, size in replica.items() if size > 1)
-        raise LayoutError(f"{sizes} does not divide {args.world_size} GPUs")
-    dp = args.world_size // ranks
-    if None not in (args.global_batch_size, args.micro_batch_size) and (
-        args.global_batch_size % (args.micro_batch_size * dp)
-    ):
-        raise LayoutError(
-            f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size"
-            f" {args.micro_batch_size} x data parallelism {dp}"
-        )
-    if Settings(args, options).layers_without_a_stage:
+def _check_layout(args: argparse.Namespace, options: RouterGradientConfig) -> None:
+    """The support table, and what has to divide what: a fault of the layout may have a cure."""
+    settings = Settings(args, options)
+    if settings.layers_without_a_stage:
         raise LayoutError(support.LAYERS_WITHOUT_A_STAGE)
-
-
-def _check_groups(run: CheckedRun) -> None:
-    """What Megatron itself notices only when it forms process groups or builds the model."""
-    args, layout = run.args, run.layout
-    expert_ranks = args.expert_tensor_parallel_size * layout.ep * layout.pp
-    if args.world_size % expert_ranks:
-        raise LayoutError(
-            f"--expert-model-parallel-size {layout.ep} x --expert-tensor-parallel-size"
-            f" {args.expert_tensor_parallel_size} x --pipeline-model-parallel-size {layout.pp}"
-            f" does not divide {args.world_size} GPUs"
-        )
-    if args.num_experts % layout.ep:
-        raise LayoutError(
-            f"--expert-model-parallel-size {layout.ep} does not divide"
-            f" --num-experts {args.num_experts}"
-        )
-    if args.num_attention_heads % layout.tp:
-        raise LayoutError(
-            f"--tensor-model-parallel-size {layout.tp} does not divide"
-            f" --num-attention-heads {args.num_attention_heads}"
-        )
-    if args.seq_length % (layout.tp * args.context_parallel_size):
-        raise LayoutError(
-            f"--tensor-model-parallel-size {layout.tp} x --context-parallel-size"
-            f" {args.context_parallel_size} does not divide --seq-length {args.seq_length}"
-        )
+    with quiet():
+        support.check(args, options, warn=False)
+    fault = layout_rules.fault(settings, args.world_size)
+    if fault is not None:
+        raise LayoutError(fault)
 
 
 def _vocabulary(args: argparse.Namespace) -> int:
@@ -318,13 +272,11 @@ def model_config(run: CheckedRun, card: Card) -> Any:
     Raises:
         LayoutError: Megatron's TransformerConfig refuses a combination.
     """
-    from megatron_default_moe.pretrain import build_model_config
-
     # Which tokenizer it was does not matter any more, its size does.
     args = copy.deepcopy(run.args)
     args.padded_vocab_size = run.vocab
     try:
         with quiet(), as_if_on(card):
-            return build_model_config(args, run.options)
+            return command_line.build_model_config(args, run.options)
     except UserError as error:
         raise LayoutError(str(error)) from error

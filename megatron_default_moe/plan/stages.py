@@ -18,6 +18,7 @@ import torch
 
 from megatron_default_moe.cpu import runtime
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.loop.command_line import reason_of
 from megatron_default_moe.plan.arguments import CheckedRun, LayoutError, quiet
 
 _BUILT_TOGETHER = 2
@@ -177,8 +178,6 @@ def _build_and_send(run: CheckedRun, config: Any, rank: int, pipe: Connection) -
         with quiet():
             pipe.send(count_stage(run, config, rank))
     except (AssertionError, ValueError, RuntimeError) as error:
-        from megatron_default_moe.pretrain import reason_of
-
         pipe.send(reason_of(error))
 
 

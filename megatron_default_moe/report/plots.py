@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from megatron_default_moe.report.report import TRAIN_LOSS, VALIDATION_LOSS, Scalars, Series
+from megatron_default_moe.report.scalars import TRAIN_LOSS, VALIDATION_LOSS, Scalars, Series
 
 MAX_LAYERS = 8
 """Load panels drawn; of a deeper model, layers spread evenly over the depth."""

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_default_moe.cpu import flag_choices, runtime, stand_ins
+from megatron_default_moe.cpu import flag_choices, replacements, runtime, stand_ins
 from megatron_default_moe.errors import UserError
 
 pytestmark = pytest.mark.skipif(not runtime.needed(), reason="the CPU runtime is for no GPU")
@@ -36,24 +36,24 @@ def parser() -> argparse.ArgumentParser:
 # -- The table -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", runtime.REPLACEMENTS, ids=lambda row: row.target)
-def test_every_row_is_replaced_and_has_a_reason(row: runtime.Replacement):
+@pytest.mark.parametrize("row", replacements.REPLACEMENTS, ids=lambda row: row.target)
+def test_every_row_is_replaced_and_has_a_reason(row: replacements.Replacement):
     current = pkgutil.resolve_name(row.target)
-    original = runtime._originals[row.target]
+    original = replacements._originals[row.target]
     assert current is not getattr(original, "__func__", original)
     assert row.reason
     assert "\n" not in row.reason
 
 
 def test_table_names_each_target_once():
-    targets = [row.target for row in runtime.REPLACEMENTS]
+    targets = [row.target for row in replacements.REPLACEMENTS]
     assert len(set(targets)) == len(targets)
 
 
 def test_install_twice_changes_nothing():
-    before = [pkgutil.resolve_name(row.target) for row in runtime.REPLACEMENTS]
+    before = [pkgutil.resolve_name(row.target) for row in replacements.REPLACEMENTS]
     assert runtime.install()
-    assert [pkgutil.resolve_name(row.target) for row in runtime.REPLACEMENTS] == before
+    assert [pkgutil.resolve_name(row.target) for row in replacements.REPLACEMENTS] == before
 
 
 def test_with_a_gpu_nothing_is_replaced():
@@ -61,8 +61,8 @@ def test_with_a_gpu_nothing_is_replaced():
 import sys, torch
 torch.cuda.is_available = lambda: True
 before = torch.zeros, torch.Tensor.cuda, torch.cuda.Stream, torch.compile
-from megatron_default_moe.cpu import runtime
-assert not runtime.needed() and not runtime.install() and not runtime._originals
+from megatron_default_moe.cpu import replacements, runtime
+assert not runtime.needed() and not runtime.install() and not replacements.in_place()
 assert before == (torch.zeros, torch.Tensor.cuda, torch.cuda.Stream, torch.compile)
 assert "megatron" not in sys.modules
 """
@@ -76,15 +76,15 @@ def test_a_transformer_engine_that_finds_no_driver_is_left_aside(tmp_path: pathl
     package.mkdir()
     (package / "__init__.py").write_text('raise OSError("libcuda.so.1: cannot open")')
     program = """
-from megatron_default_moe.cpu import runtime
-runtime.{start}()
+from megatron_default_moe.cpu import replacements, runtime
+{start}()
 from megatron.core.models.gpt import gpt_layer_specs
 assert not gpt_layer_specs.HAVE_TE
 """
     root = pathlib.Path(__file__).parents[2]
     path = [str(root), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    for start in ("install", "prepare_checkpoint_worker"):
+    for start in ("runtime.install", "replacements.prepare_checkpoint_worker"):
         command = [sys.executable, "-W", "ignore", "-c", program.format(start=start)]
         subprocess.run(command, env=environment, check=True, timeout=120)
 

@@ -14,6 +14,7 @@ gradient of its router (``gradient``), on rank 0 in that step.
 
 import datetime
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -206,7 +207,7 @@ def run(case: dict[str, Any], out: pathlib.Path) -> None:
         for (owner, name), value in originals.items():
             setattr(owner, name, value)
         _forget_the_run()
-    rank = int(pretrain.os.environ["RANK"])
+    rank = int(os.environ["RANK"])
     torch.save({"status": status, "steps": recorder.steps}, out / f"{case['name']}.{rank}.pt")
 
 

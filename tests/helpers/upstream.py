@@ -94,12 +94,12 @@ def _overridden_by(kind: type) -> Iterator[str]:
 
 def replaced() -> Iterator[str]:
     """Every name of Megatron that is replaced at run time."""
-    from megatron_default_moe.cpu import runtime
+    from megatron_default_moe.cpu import replacements
     from megatron_default_moe.loop import patches
 
     for patch in (*patches.PATCHES, *patches.WHILE_BUILDING):
         yield f"{patch.owner.replace(':', '.')}.{patch.attribute}"
-    for row in runtime.REPLACEMENTS:
+    for row in replacements.REPLACEMENTS:
         if row.target.startswith("megatron."):
             yield row.target
     yield "megatron.core.datasets.utils.compile_helpers"

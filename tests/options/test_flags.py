@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_default_moe import UserError, pretrain
+from megatron_default_moe import UserError
 from megatron_default_moe.cpu import runtime
+from megatron_default_moe.loop import command_line
 from megatron_default_moe.options import flags
 from megatron_default_moe.options.config import add_router_gradient_args, options_from_args
 
@@ -370,9 +371,9 @@ def test_without_its_kernel_fused_gradient_accumulation_is_turned_off(
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(variable, value)
     # Megatron keeps the arguments it validated in a global variable, and refuses a second time.
-    monkeypatch.setattr(pretrain, "megatron_args", lambda argv: argv)
-    argv, _ = pretrain.prepare(ON_A_GPU.split())
-    assert pretrain.build_parser().parse_args(argv).gradient_accumulation_fusion == there
+    monkeypatch.setattr(command_line, "megatron_args", lambda argv: argv)
+    argv, _ = command_line.prepare(ON_A_GPU.split())
+    assert command_line.build_parser().parse_args(argv).gradient_accumulation_fusion == there
     assert ("> chosen: --no-gradient-accumulation-fusion (" in capsys.readouterr().out) != there
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.report import plots
-from megatron_default_moe.report.report import Scalars, read_scalars, summary, write_report
+from megatron_default_moe.report.report import summary, write_report
+from megatron_default_moe.report.scalars import Scalars, read_scalars
 
 
 @pytest.fixture

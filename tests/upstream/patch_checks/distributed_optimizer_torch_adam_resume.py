@@ -6,10 +6,10 @@ from typing import Any
 import one_rank
 import torch
 
-from megatron_default_moe.cpu import runtime
+from megatron_default_moe.cpu import replacements
 
 # Without the CPU runtime's own cure.
-one_rank.start(without=lambda row: row.reason == runtime._ADAM)
+one_rank.start(without=lambda row: row.reason == replacements._ADAM)
 
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,

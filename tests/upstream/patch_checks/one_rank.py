@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_default_moe.cpu import runtime
+from megatron_default_moe.cpu import replacements, runtime
 
 
-def start(without: Callable[[runtime.Replacement], bool] = lambda row: False) -> None:
+def start(without: Callable[[replacements.Replacement], bool] = lambda row: False) -> None:
     """Install the CPU runtime, but for the cures that ``without`` picks, and start the groups."""
-    runtime.REPLACEMENTS = tuple(row for row in runtime.REPLACEMENTS if not without(row))
+    replacements.REPLACEMENTS = tuple(row for row in replacements.REPLACEMENTS if not without(row))
     runtime.install()
     from megatron.core import parallel_state
 
