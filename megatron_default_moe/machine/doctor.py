@@ -22,6 +22,9 @@ from megatron_default_moe.machine.versions import SUPPORTED
 
 GIB = 2**30
 
+TESTED_TORCH = "2.15.0"
+"""The locked version, with Python 3.12 and 3.13."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -88,21 +91,28 @@ def examine(machine: Machine, building_image: bool = False) -> list[Finding]:
 
 def _python(machine: Machine) -> Iterator[Finding]:
     text = ".".join(map(str, machine.python))
-    if machine.python >= (3, 12):
-        yield Finding("ok", "Python", text)
+    if machine.python < (3, 12):
+        yield Finding("bad", "Python", f"{text} is below 3.12", "use Python 3.12 or 3.13")
+    elif machine.python >= (3, 14):
+        why = f"{text}: from 3.14 on argparse refuses how Megatron 0.19 makes its flags"
+        yield Finding("bad", "Python", why, "use Python 3.12 or 3.13")
     else:
-        yield Finding("bad", "Python", f"{text} is below 3.12", "use Python 3.12")
+        yield Finding("ok", "Python", text)
 
 
 def _torch(machine: Machine) -> Iterator[Finding]:
     if machine.torch is None:
-        yield Finding("bad", "torch", machine.torch_error, "install torch 2.11 to 2.13")
+        yield Finding(
+            "bad", "torch", machine.torch_error, "install torch 2.15.0 (2.11 or newer works)"
+        )
     elif version(machine.torch) < (2, 11):
-        way_out = "install torch 2.11 to 2.13, or take a newer image"
+        way_out = "install torch 2.15.0 (2.11 or newer works) or take a newer image"
         yield Finding("bad", "torch", f"{machine.torch} is below 2.11", way_out)
     else:
         built = f"built for CUDA {machine.cuda}" if machine.cuda else "a build without CUDA"
-        yield Finding("ok", "torch", f"{machine.torch}, {built}")
+        exact = ".".join(map(str, version(machine.torch)[:3]))
+        tested = "" if exact == TESTED_TORCH else f" (tested with {TESTED_TORCH})"
+        yield Finding("ok", "torch", f"{machine.torch}, {built}{tested}")
         if machine.nccl:
             yield Finding("ok", "NCCL", ".".join(map(str, machine.nccl)))
         else:

@@ -45,7 +45,9 @@ def test_the_kernels_compile_and_fit(monkeypatch: pytest.MonkeyPatch, capability
             # A kernel that Triton cannot lower may come out as a lone trap, without an error.
             assert "trap;" not in found.ptx, what
             assert found.ptx.count("ld.global") + found.ptx.count("cp.async") > 3, what
-            assert found.spilled == 0, what
+            # Triton 3.9 keeps the address of sm_100's tensor memory in 8 bytes of the stack.
+            no_spill = 8 if capability == 100 and found.registers <= 128 else 0
+            assert found.spilled <= no_spill, what
             assert found.shared <= compile_kernels.SHARED_MEMORY, f"{what}: {found.shared} bytes"
 
 

@@ -18,7 +18,7 @@ GIB = 2**30
 H100 = Gpu(name="H100", count=8, capability=(9, 0), memory=80 * GIB)
 CPU = Machine(
     python=(3, 12),
-    torch="2.13.0+cu130",
+    torch="2.15.0+cu132",
     cuda="13.0",
     arch_list=("sm_80", "sm_90", "sm_100", "sm_120", "compute_120"),
     nccl=(2, 29, 7),
@@ -76,6 +76,7 @@ def test_every_finding_is_one_line_and_what_is_not_ok_has_a_way_out():
     ("change", "what", "says"),
     [
         ({"python": (3, 11)}, "Python", "below 3.12"),
+        ({"python": (3, 14)}, "Python", "from 3.14 on argparse refuses"),
         ({"torch": None, "torch_error": "OSError: libcudart"}, "torch", "libcudart"),
         ({"torch": "2.9.1"}, "torch", "below 2.11"),
         ({"megatron": None}, "megatron-core", "not found"),
