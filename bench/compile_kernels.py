@@ -32,10 +32,10 @@ TOKENS = 8192
 TERM = {
     **dict.fromkeys(("output", "result", "grad"), "*bf16"),
     **dict.fromkeys(("grad_scores", "scores", "probs", "vectors"), "*fp32"),
-    **{"routing_map": "*i1", "T": "i32", "scale": "fp32"},
+    **{"T": "i32", "scale": "fp32"},
 }
 SUMS = {
-    **{"rows": "*bf16", "counts": "*i64", "routing_map": "*i1", "tickets": "*i32"},
+    **{"rows": "*bf16", "counts": "*i64", "tickets": "*i32"},
     **dict.fromkeys(("row_probs", "probs", "row_partials", "token_partials"), "*fp32"),
     **dict.fromkeys(("sums", "mass", "load", "tokens"), "*fp32"),
     **dict.fromkeys(("row_stride", "R", "D", "e", "chunk_rows"), "i32"),

@@ -49,15 +49,15 @@ SHAPES = (
 def bytes_moved(shape: Shape) -> dict[str, int]:
     """Bytes each kernel has to read and write in bf16, with float32 logits and probabilities.
 
-    [T, E] inputs are logits and probabilities (4 bytes each) and the map (1 byte).
+    [T, E] inputs are logits and probabilities (4 bytes each).
     """
     rows = shape.tokens * shape.topk
     output, routing = shape.tokens * shape.width, shape.tokens * shape.experts
     vectors = 4 * shape.experts * shape.width
     return {
-        "statistics": 2 * rows * shape.width + 4 * rows + 5 * routing + 2 * vectors,
-        "term forward": 4 * output + 9 * routing + vectors,
-        "term backward": 2 * output + 13 * routing + vectors,
+        "statistics": 2 * rows * shape.width + 4 * rows + 4 * routing + 2 * vectors,
+        "term forward": 4 * output + 8 * routing + vectors,
+        "term backward": 2 * output + 12 * routing + vectors,
     }
 
 
@@ -88,10 +88,10 @@ def kernel_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
     counts_e = map_TE.sum(0)
     output_TD = torch.randn(tokens, width, device="cuda").bfloat16()
     vectors_ED = torch.randn(experts, width, device="cuda")
-    routed = (scores_TE, probs_TE, map_TE, vectors_ED)
+    routed = (scores_TE, probs_TE, vectors_ED)
     return {
         "statistics": lambda: sums.add_statistics(
-            rows_RD, counts_e, probs_R, probs_TE, map_TE, "router", tickets, out
+            rows_RD, counts_e, probs_R, probs_TE, "router", tickets, out
         ),
         "term forward": lambda: term.add_default_term(output_TD, *routed, softmax_scale=1.0),
         "term backward": lambda: term.scores_gradient(output_TD, *routed, 1.0),

@@ -61,7 +61,7 @@ def _pretrain(args: Any, model_config: Any) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_default_moe.data import gpt_data
-    from megatron_default_moe.loop import restarts
+    from megatron_default_moe.loop import restarts, training
 
     pretrain_maybe_restarting, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     try:
@@ -72,6 +72,7 @@ def _pretrain(args: Any, model_config: Any) -> None:
             gpt_data.forward_step,
             store=restarts.store_of_this_attempt() if store is None else store,
             get_embedding_ranks=gpt_data.embedding_ranks(model_config.transformer),
+            **training.callback_arguments(pretrain),
         )
     except CheckpointingException as error:
         raise UserError(f"Megatron refuses this checkpoint: {reason_of(error)}") from error

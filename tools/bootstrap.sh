@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Make .venv hold exactly what requirements/dev.txt names, and the package itself (editable).
+# Make an environment hold exactly what requirements/dev.txt names, and the package itself (editable).
 #
-#   tools/bootstrap.sh          create or update .venv
+#   tools/bootstrap.sh          create or update .venv: Python 3.12, or 3.13 where only that is found
+#   tools/bootstrap.sh 3.13     create or update .venv-3.13
 #   tools/bootstrap.sh lock     write requirements/*.txt anew from requirements/*.in
 #
 # Needs bash, a package index and Python; uv is fetched with pip into .uv where it is missing.
@@ -14,8 +15,12 @@ fail() {
     exit 1
 }
 
-python=$(tools/find_python.sh) || python=""
-if [ -n "${PYTHON:-}" ] && [ -z "$python" ]; then
+case "${1:-}" in
+    "" | lock) venv=.venv accepted=(3.12 3.13) python=$(tools/find_python.sh) || python="" ;;
+    3.12 | 3.13) venv=.venv-$1 accepted=("$1") python=$(tools/find_python.sh "$1") || python="" ;;
+    *) fail "Python $1 is not supported; 3.12 and 3.13 are" ;;
+esac
+if [ -n "${PYTHON:-}" ] && [ -z "$python" ] && [ "${#accepted[@]}" -gt 1 ]; then
     exit 1
 fi
 
@@ -50,11 +55,20 @@ else
 fi
 
 if [ "${1:-}" = lock ]; then
-    lock() {
-        uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url \
-            --no-emit-find-links --no-header --python-version 3.12 --python "${python:-3.12}" \
-            "requirements/$1.in" -o "requirements/$1.txt" "${@:2}" >/dev/null
+    compile() { # NAME VERSION FILE OPTION...
+        uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
+            --no-header --python-version "$2" --python "${python:-3.12}" \
+            "requirements/$1.in" -o "$3" "${@:4}" >/dev/null
     }
+    # One file for every supported Python: what 3.12 takes has to be what 3.13 takes.
+    lock() {
+        compile "$1" 3.12 "requirements/$1.txt" "${@:2}"
+        compile "$1" 3.13 .uv/lock-3.13.txt "${@:2}"
+        # Comments apart: they say who asked.
+        cmp -s <(grep -v '^ *#' "requirements/$1.txt") <(grep -v '^ *#' .uv/lock-3.13.txt) ||
+            fail "Python 3.13 needs other packages than 3.12: see .uv/lock-3.13.txt, and pin what differs in requirements/$1.in"
+    }
+    mkdir -p .uv
     lock dev
     lock uv
     # The same versions as tested, less what the image has in builds of its own.
@@ -62,20 +76,19 @@ if [ "${1:-}" = lock ]; then
     exit 0
 fi
 
-is_312='import sys; sys.exit(sys.version_info[:2] != (3, 12))'
-if ! .venv/bin/python -c "$is_312" 2>/dev/null; then
-    rm -rf .venv
-    if [ -n "$python" ]; then
-        uv venv --quiet --python "$python" .venv
-    else
-        echo "no Python 3.12 on this machine: uv downloads its own"
-        uv venv --quiet --python 3.12 .venv ||
-            fail "no Python 3.12 was found and uv could not download one; set PYTHON=/path/to/python3.12"
+version=${accepted[0]}
+is_accepted='import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1:])'
+if ! "$venv/bin/python" -c "$is_accepted" "${accepted[@]}" 2>/dev/null; then
+    rm -rf "$venv"
+    if [ -z "$python" ]; then
+        echo "no Python $version on this machine: uv downloads its own"
     fi
+    uv venv -qq --python "${python:-$version}" "$venv" ||
+        fail "no Python $version was found and uv could not download one; set PYTHON=/path/to/python$version"
 fi
 
-echo "installing the locked packages into .venv (several GB the first time)"
+echo "installing the locked packages into $venv (several GB the first time)"
 # Bytecode now: a process that may not write it would compile torch anew at each start (20 s).
-uv pip sync --python .venv/bin/python --compile-bytecode --require-hashes requirements/dev.txt
+uv pip sync --python "$venv/bin/python" --compile-bytecode --require-hashes requirements/dev.txt
 # setuptools is in the lock: no build environment, so nothing outside the lock is fetched.
-uv pip install --quiet --python .venv/bin/python --offline --no-deps --no-build-isolation -e .
+uv pip install --quiet --python "$venv/bin/python" --offline --no-deps --no-build-isolation -e .

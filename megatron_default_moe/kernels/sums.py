@@ -34,7 +34,7 @@ from megatron_default_moe.maths.functional import Weighting
 
 BLOCK_D = 256
 """Columns of a program: 512 bytes of each bf16 row."""
-_BLOCK_R = 32
+_BLOCK_R = 16
 _MIN_CHUNK = 128
 _PROGRAMS = 2048
 """Programs to aim at: two waves of eight per multiprocessor on today's devices."""
@@ -140,7 +140,7 @@ def _expert_part(
 
 @triton.jit
 def _router_part(
-    chunk, num_chunks, probs, routing_map, partials, ticket, mass, load, tokens, T, E, chunk_tokens,
+    chunk, num_chunks, probs, partials, ticket, mass, load, tokens, T, E, chunk_tokens,
     UNIFORM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Add one chunk of tokens to the mass and load of the experts they are routed to."""
@@ -153,10 +153,8 @@ def _router_part(
         inside = (offs_t < T)[:, None] & in_e[None, :]
         offsets = offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
         p_TE = tl.load(probs + offsets, mask=inside, other=0.0).to(tl.float32)
-        mapped = tl.load(routing_map + offsets, mask=inside, other=0) != 0
-        active = mapped & (p_TE != 0)
-        mass_TE += tl.where(active, p_TE, 0.0)
-        load_TE += active.to(tl.float32)
+        mass_TE += p_TE
+        load_TE += (p_TE != 0).to(tl.float32)
     tl.store(partials + (2 * chunk) * E + offs_e, tl.sum(mass_TE, axis=0), mask=in_e)
     tl.store(partials + (2 * chunk + 1) * E + offs_e, tl.sum(load_TE, axis=0), mask=in_e)
     if _last_to_arrive(ticket, num_chunks):
@@ -178,7 +176,7 @@ def _router_part(
 @triton.jit
 def statistics_kernel(
     rows, row_stride, row_probs, counts, row_partials, sums, R, D, e, chunk_rows,
-    probs, routing_map, token_partials, mass, load, tokens, T, E, chunk_tokens, num_token_chunks,
+    probs, token_partials, mass, load, tokens, T, E, chunk_tokens, num_token_chunks,
     tickets,
     UNIFORM: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -188,7 +186,7 @@ def statistics_kernel(
     blocks_d = tl.cdiv(D, BLOCK_D)
     if program < num_token_chunks:
         _router_part(
-            program, num_token_chunks, probs, routing_map, token_partials, tickets + e * blocks_d,
+            program, num_token_chunks, probs, token_partials, tickets + e * blocks_d,
             mass, load, tokens, T, E, chunk_tokens, UNIFORM, WIDTH, BLOCK_T,
         )  # fmt: skip
     else:
@@ -220,24 +218,22 @@ def add_statistics(
     tokens_per_expert_e: Tensor,
     probs_R: Tensor,
     probs_TE: Tensor,
-    map_TE: Tensor,
     weighting: Weighting,
     tickets: Tensor,
     out: StatisticsOut,
 ) -> None:
     """Add a micro-batch's expert sums, router mass, load and tokens to ``out``: one launch.
 
-    Equals ``functional.expert_sums`` and ``functional.router_mass`` with
-    ``active = map & (probs != 0)``, without a host-device synchronisation wherever the counts are,
-    and bit for bit the same every time.
+    Equals ``functional.expert_sums`` and ``functional.router_mass``, without a host-device
+    synchronisation wherever the counts are, and bit for bit the same every time.
 
     Args:
         rows_RD: [R, D] expert outputs sorted by expert, bf16, fp16 or fp32; rows beyond the counts
             and rows of probability zero count as nothing, whatever they hold.
         tokens_per_expert_e: [e] integer row counts, on the device or on the host.
         probs_R: [R] router probability of each row.
-        probs_TE: [T, E] the probabilities of the routing, of this rank's tokens.
-        map_TE: [T, E] bool routing map.
+        probs_TE: [T, E] the probabilities of the routing, of this rank's tokens; zero at the
+            experts that a token does not use.
         weighting: ``router`` or ``uniform``.
         tickets: :func:`num_tickets` int32 zeros; zero again when the launch ends. Launches that
             may run at the same time need one each.
@@ -262,7 +258,7 @@ def add_statistics(
         rows_RD, rows_RD.stride(0), probs_R.detach().reshape(-1),
         tokens_per_expert_e.to(rows_RD.device, non_blocking=True), scratch, out.sums_eD,
         num_rows, width, num_local, chunk_rows,
-        probs_TE.detach().contiguous(), map_TE.contiguous(), scratch[row_slots * width :],
+        probs_TE.detach().contiguous(), scratch[row_slots * width :],
         out.mass_E, out.load_E, out.tokens, num_tokens, num_experts, chunk_tokens,
         num_token_chunks, tickets,
         UNIFORM=weighting == "uniform", **sizes,

@@ -45,12 +45,11 @@ def _scores_tile(scores, offs_t, offs_e, T, E: tl.constexpr):
 
 
 @triton.jit
-def _inactive_tile(probs, routing_map, offs_t, offs_e, T, E: tl.constexpr):
-    """[BLOCK_T, BLOCK_E] bool: not (in the map with a probability that is not zero)."""
+def _inactive_tile(probs, offs_t, offs_e, T, E: tl.constexpr):
+    """[BLOCK_T, BLOCK_E] bool: the experts that the routing gave no probability."""
     inside = (offs_t < T)[:, None] & (offs_e < E)[None, :]
     offsets = offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
-    mapped = tl.load(routing_map + offsets, mask=inside, other=1) != 0
-    return (mapped & (tl.load(probs + offsets, mask=inside, other=1.0) != 0)) == 0
+    return tl.load(probs + offsets, mask=inside, other=1.0) == 0
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def _softmax(x_TE, in_e):
 
 @triton.jit
 def forward_kernel(
-    output, result, scores, probs, routing_map, vectors, T, scale,
+    output, result, scores, probs, vectors, T, scale,
     D: tl.constexpr, E: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -73,12 +72,11 @@ def forward_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     in_t, in_e = (offs_t < T)[:, None], offs_e < E
     p_TE = _scores_tile(scores, offs_t, offs_e, T, E)
-    inactive = _inactive_tile(probs, routing_map, offs_t, offs_e, T, E)
     if SOFTMAX:
         p_TE = _softmax(p_TE, in_e) * scale
         # As Megatron: back to the dtype of the logits.
         p_TE = p_TE.to(scores.dtype.element_ty).to(tl.float32)
-    p_TE = tl.where(inactive, p_TE, 0.0)
+    p_TE = tl.where(_inactive_tile(probs, offs_t, offs_e, T, E), p_TE, 0.0)
     first = (tl.program_id(0) % spans) * SPAN
     for block in range(SPAN):
         offs_d = (first + block) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -93,7 +91,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad, grad_scores, scores, probs, routing_map, vectors, T, scale,
+    grad, grad_scores, scores, probs, vectors, T, scale,
     D: tl.constexpr, E: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +108,7 @@ def backward_kernel(
         pointers = vectors + offs_e[:, None] * D + offs_d[None, :]
         v_ED = tl.load(pointers, mask=in_e[:, None] & in_d, other=0.0)
         g_TE = tl.dot(dy_TD, tl.trans(v_ED), g_TE, input_precision=PRECISION)
-    g_TE = tl.where(_inactive_tile(probs, routing_map, offs_t, offs_e, T, E), g_TE, 0.0)
+    g_TE = tl.where(_inactive_tile(probs, offs_t, offs_e, T, E), g_TE, 0.0)
     if SOFTMAX:
         # Through the softmax: pi_j (g_j - sum_i pi_i g_i).
         p_TE = _softmax(_scores_tile(scores, offs_t, offs_e, T, E), in_e)
@@ -135,7 +133,8 @@ def forward_blocks(num_tokens: int, width: int, num_experts: int) -> dict[str, i
     inputs are not read again for each block of columns.
     """
     block_e = _block(num_experts, 16, MAX_EXPERTS)
-    block_d = _block(width, 16, 64 if block_e <= 256 else 32)
+    # Wider tiles spill where the probabilities fill the registers.
+    block_d = _block(width, 16, 64 if block_e <= 128 else 32)
     span = 1
     if block_e > 64:
         blocks_d = triton.cdiv(width, block_d)
@@ -178,13 +177,12 @@ class _DefaultTerm(torch.autograd.Function):
         output_TD: Tensor,
         scores_TE: Tensor,
         probs_TE: Tensor,
-        map_TE: Tensor,
         vectors_ED: Tensor,
         softmax_scale: float | None,
         in_forward: bool,
     ) -> Tensor:
         """Return the sum; arguments as in :func:`add_default_term`, contiguous."""
-        ctx.save_for_backward(scores_TE, probs_TE, map_TE, vectors_ED)
+        ctx.save_for_backward(scores_TE, probs_TE, vectors_ED)
         ctx.softmax_scale = softmax_scale
         if not in_forward:
             return output_TD.view_as(output_TD)
@@ -195,7 +193,7 @@ class _DefaultTerm(torch.autograd.Function):
             blocks = forward_blocks(num_tokens, width, num_experts)
             spans = triton.cdiv(width, blocks["SPAN"] * blocks["BLOCK_D"])
             forward_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]) * spans,)](
-                output_TD, result_TD, scores_TE, probs_TE, map_TE, vectors_ED,
+                output_TD, result_TD, scores_TE, probs_TE, vectors_ED,
                 num_tokens, 1.0 if softmax_scale is None else softmax_scale, D=width, E=num_experts,
                 SOFTMAX=softmax_scale is not None, PRECISION=_precision(output_TD.dtype), **blocks,
             )  # fmt: skip
@@ -207,18 +205,15 @@ class _DefaultTerm(torch.autograd.Function):
         (grad_TD,) = grads_TD
         grad_TE = None
         if ctx.needs_input_grad[1]:
-            scores_TE, probs_TE, map_TE, vectors_ED = ctx.saved_tensors
-            grad_TE = scores_gradient(
-                grad_TD, scores_TE, probs_TE, map_TE, vectors_ED, ctx.softmax_scale
-            )
-        return grad_TD, grad_TE, None, None, None, None, None
+            scores_TE, probs_TE, vectors_ED = ctx.saved_tensors
+            grad_TE = scores_gradient(grad_TD, scores_TE, probs_TE, vectors_ED, ctx.softmax_scale)
+        return grad_TD, grad_TE, None, None, None, None
 
 
 def scores_gradient(
     grad_TD: Tensor,
     scores_TE: Tensor,
     probs_TE: Tensor,
-    map_TE: Tensor,
     vectors_ED: Tensor,
     softmax_scale: float | None,
 ) -> Tensor:
@@ -228,7 +223,7 @@ def scores_gradient(
     if num_tokens:
         blocks = backward_blocks(width, num_experts)
         backward_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
-            grad_TD.contiguous(), grad_TE, scores_TE, probs_TE, map_TE, vectors_ED,
+            grad_TD.contiguous(), grad_TE, scores_TE, probs_TE, vectors_ED,
             num_tokens, 1.0 if softmax_scale is None else softmax_scale, D=width, E=num_experts,
             SOFTMAX=softmax_scale is not None, PRECISION=_precision(grad_TD.dtype), **blocks,
         )  # fmt: skip
@@ -239,7 +234,6 @@ def add_default_term(
     output_TD: Tensor,
     scores_TE: Tensor,
     probs_TE: Tensor,
-    map_TE: Tensor,
     vectors_ED: Tensor,
     *,
     softmax_scale: float | None,
@@ -255,9 +249,8 @@ def add_default_term(
         output_TD: [T, D] the routed experts' combined output: bf16, fp16 or fp32.
         scores_TE: [T, E] the router's logits or, without ``softmax_scale``, the probabilities of
             all experts, any float dtype; the result is differentiable in them.
-        probs_TE: [T, E] the probabilities of the routing, a constant here: with the map they say
-            which experts a token used (``active = map & (probs != 0)``).
-        map_TE: [T, E] bool routing map.
+        probs_TE: [T, E] the probabilities of the routing, a constant here: zero at the experts that
+            a token does not use.
         vectors_ED: [E, D] float32 default vectors, a constant.
         softmax_scale: the scores are logits, ``pi = softmax(logits) * softmax_scale`` in the
             logits' dtype; None: the scores are pi.
@@ -271,7 +264,7 @@ def add_default_term(
         if softmax_scale is not None:
             soft_TE = torch.softmax(scores_TE, dim=-1, dtype=torch.float32) * softmax_scale
             scores_TE = soft_TE.type_as(scores_TE)
-        inactive_TE = functional.inactive_probs(scores_TE, map_TE & (probs_TE.detach() != 0))
+        inactive_TE = functional.inactive_probs(scores_TE, probs_TE.detach() != 0)
         if in_forward:
             return functional.add_default_term(output_TD, inactive_TE, vectors_ED)
         return functional.attach_default_gradient(output_TD, inactive_TE, vectors_ED)
@@ -279,7 +272,6 @@ def add_default_term(
         output_TD,
         scores_TE.contiguous(),
         probs_TE.detach().contiguous(),
-        map_TE.contiguous(),
         vectors_ED.detach().contiguous(),
         softmax_scale,
         in_forward,

@@ -59,11 +59,6 @@ class DefaultMoERouter(ObservedTopKRouter):
         # Order before-use: the vectors this micro-batch uses, from the experts' side to the end
         # of its layer: [E, D].
         self._micro_batch_vectors: Tensor | None = None
-        self.rows_may_be_padding = bool(
-            config.moe_pad_expert_input_to_capacity
-            or config.moe_router_padding_for_quantization
-            or config.moe_token_dispatcher_type == "flex"
-        )
 
     def set_layer_number(self, layer_number: int) -> None:
         """Take the global layer number, which also seeds a Gaussian start of the vectors."""
@@ -77,6 +72,16 @@ class DefaultMoERouter(ObservedTopKRouter):
     def _forget_routing(self) -> None:
         super()._forget_routing()
         self._micro_batch_vectors = None
+
+    @property
+    def rows_may_be_padding(self) -> bool:
+        """Whether experts get rows of probability zero, whose outputs may be anything."""
+        config = self.config
+        return bool(
+            config.moe_pad_expert_input_to_capacity
+            or config.moe_router_padding_for_quantization
+            or config.moe_token_dispatcher_type == "flex"
+        )
 
     @property
     def uses_vectors(self) -> bool:

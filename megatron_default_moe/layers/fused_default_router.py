@@ -61,7 +61,6 @@ class FusedDefaultMoERouter(DefaultMoERouter):
             tokens_per_expert,
             probs,
             self.routed_probs,
-            self._active(),
             self.options.weighting,
             self.kernel_tickets,
             out,
@@ -78,7 +77,7 @@ class FusedDefaultMoERouter(DefaultMoERouter):
         """
         if not self.uses_vectors:
             return super().finish_output(output)
-        scores_TE, probs_TE, map_TE = self.routed_scores, self.routed_probs, self._active()
+        scores_TE, probs_TE = self.routed_scores, self.routed_probs
         assert scores_TE is not None, "the routing of this micro-batch is not known"
         assert probs_TE is not None
         scale = self.config.moe_router_topk_scaling_factor or 1.0
@@ -90,13 +89,12 @@ class FusedDefaultMoERouter(DefaultMoERouter):
             flat_TD,
             scores_TE,
             probs_TE,
-            map_TE,
             vectors_ED,
             softmax_scale=scale,
             in_forward=self.options.in_forward,
         )
         if self.collects_details and self.counts_this_pass:
-            inactive_TE = functional.inactive_probs(self._dense(), map_TE)
+            inactive_TE = functional.inactive_probs(self._dense(), self._active())
             self._count_norms(inactive_TE, vectors_ED, result_TD)
         self._forget_routing()
         return result_TD.view_as(output)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -19,6 +20,9 @@ from megatron_default_moe.layers.layer_metrics import layer_metrics
 from megatron_default_moe.layers.step_sums import StepSums
 from megatron_default_moe.maths import functional
 from megatron_default_moe.options.config import RouterGradientConfig
+
+_MARK_FLOAT32 = getattr(module, "mark_keep_in_fp32", None)
+"""After 0.19 Megatron keeps a buffer float32 that is marked; before, :meth:`_apply` does it."""
 
 
 class ObservedTopKRouter(TopKRouter):
@@ -74,9 +78,14 @@ class ObservedTopKRouter(TopKRouter):
         # otherwise be materialised as garbage later.
         device = torch.cuda.current_device()
         self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent)
+        if _MARK_FLOAT32 is not None and dtype == torch.float32:
+            _MARK_FLOAT32(getattr(self, name))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow device moves, but keep the float32 buffers' dtype and every bit of them."""
+        if _MARK_FLOAT32 is not None:
+            super()._apply(fn, recurse)
+            return self
         before = {name: getattr(self, name) for name in self.fp32_buffers}
         super()._apply(fn, recurse)
         for name, buffer in before.items():

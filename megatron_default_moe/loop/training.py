@@ -1,8 +1,9 @@
 """The optimizer step in Megatron's training loop: what happens around ``train_step``.
 
-``megatron.training.training.train_step`` offers no hook after the optimizer, so ``patches.py`` puts
-this wrapper in its place. (The other time hook, the reduction at gradient finalisation, is a field
-of TransformerConfig: no patch.)
+Up to 0.19 ``megatron.training.training.train_step`` offers no hook after the optimizer, so
+``patches.py`` puts a wrapper in its place. Later versions call callbacks, and ``pretrain`` takes
+ours (:func:`callback_arguments`). (The other time hook, the reduction at gradient finalisation, is
+a field of TransformerConfig: no patch.)
 """
 
 import functools
@@ -14,6 +15,20 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_default_moe.layers import optimizer_step
 from megatron_default_moe.loop.tracker import RouterMetricsTracker
+
+
+def before_step(model: Any, iteration: int | None) -> None:
+    """Tell the routers whether the coming step is logged.
+
+    Args:
+        model: the model, or its chunks.
+        iteration: steps before this one, or None where that is not known.
+    """
+    tracker = get_moe_metrics_tracker()
+    if isinstance(tracker, RouterMetricsTracker) and iteration is not None:
+        tracker.routers = list(optimizer_step.routers(model))
+        for router in tracker.routers:
+            router.collects_details = tracker.logs(iteration + 1)
 
 
 def with_commit(train_step: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,16 +46,36 @@ def with_commit(train_step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(train_step)
     def train_step_with_commit(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
-        model, iteration = arguments["model"], arguments.get("iteration")
-        routers = list(optimizer_step.routers(model))
-        tracker = get_moe_metrics_tracker()
-        if isinstance(tracker, RouterMetricsTracker) and iteration is not None:
-            tracker.routers = routers
-            for router in routers:
-                router.collects_details = tracker.logs(iteration + 1)
+        before_step(arguments["model"], arguments.get("iteration"))
         result = train_step(*args, **kwargs)
         skipped, should_exit = result[1], result[3]
-        optimizer_step.commit(model, taken=not skipped and not should_exit)
+        optimizer_step.commit(arguments["model"], taken=not skipped and not should_exit)
         return result
 
     return train_step_with_commit
+
+
+class CommitCallback:
+    """The same as a callback of Megatron's loop (``megatron.training.callbacks``, after 0.19)."""
+
+    def on_train_step_start(self, context: Any) -> None:
+        """Prepare the step; ``context.model`` is the list of model chunks."""
+        from megatron.training.global_vars import get_args
+
+        before_step(context.model, getattr(get_args(), "curr_iteration", None))
+
+    def on_train_step_end(self, context: Any) -> None:
+        """Commit the default vectors if the step was taken (``context.skipped_iter`` is false)."""
+        optimizer_step.commit(context.model, taken=not context.skipped_iter)
+
+
+def callback_arguments(pretrain: Callable[..., Any]) -> dict[str, Any]:
+    """Return what to hand to Megatron's ``pretrain`` so that steps end in a callback.
+
+    Where the patch of ``train_step`` is in place too, it commits first and leaves nothing pending.
+
+    Args:
+        pretrain: upstream's function; up to 0.19 it takes no callbacks, and the result is empty.
+    """
+    takes = "callbacks" in inspect.signature(pretrain).parameters
+    return {"callbacks": [CommitCallback()]} if takes else {}

@@ -45,14 +45,14 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def statistics(
-    rows_RD: Any, counts_e: Any, probs_R: Any, probs_TE: Any, map_TE: Any, weighting: Any
+    rows_RD: Any, counts_e: Any, probs_R: Any, probs_TE: Any, weighting: Any
 ) -> sums.StatisticsOut:
     num_local, width = counts_e.numel(), rows_RD.shape[1]
     num_experts = probs_TE.shape[1]
     shapes = [(num_local, width), (num_experts,), (num_experts,), (1,)]
     out = sums.StatisticsOut(*(torch.zeros(shape, device=DEVICE) for shape in shapes))
     tickets = torch.zeros(sums.num_tickets(num_local, width), dtype=torch.int32, device=DEVICE)
-    arguments = [x.to(DEVICE) for x in (rows_RD, counts_e, probs_R, probs_TE, map_TE)]
+    arguments = [x.to(DEVICE) for x in (rows_RD, counts_e, probs_R, probs_TE)]
     sums.add_statistics(*arguments, weighting, tickets, out)
     assert not tickets.any()
     return out
@@ -73,7 +73,7 @@ COUNTS = {
 def test_statistics(counts: list[int], weighting: Any, dtype: torch.dtype) -> None:
     rows_RD, counts_e, probs_R = sorted_rows(counts, 300, dtype)
     probs_TE, active_TE = routing(63, len(counts), 1, dtype)
-    out = statistics(rows_RD, counts_e, probs_R, probs_TE * active_TE, active_TE, weighting)
+    out = statistics(rows_RD, counts_e, probs_R, probs_TE * active_TE, weighting)
     # float32 sums of any rows; the bound of float32 for each of them.
     assert error(out.sums_eD, naive.expert_sums(rows_RD, counts_e, probs_R, weighting)) < 2e-6
     assert error(out.mass_E, naive.router_mass(probs_TE, active_TE, weighting)) < 2e-6
@@ -87,7 +87,7 @@ def test_statistics_are_added_to_what_is_there(weighting: Any) -> None:
     """And into views of one buffer, from strided rows and a column of probabilities."""
     rows_RD, counts_e, probs_R = sorted_rows([130, 0, 31], 33, torch.float32)
     probs_TE, active_TE = routing(9, 3, 1, torch.float32)
-    inputs = (probs_TE * active_TE, active_TE, weighting)
+    inputs = (probs_TE * active_TE, weighting)
     once = statistics(rows_RD, counts_e, probs_R, *inputs)
     wide_RD = torch.full((161, 50), float("nan"))
     wide_RD[:, :33] = rows_RD
@@ -95,9 +95,7 @@ def test_statistics_are_added_to_what_is_there(weighting: Any) -> None:
     sums_eD, mass, load, count = flat.split([99, 3, 3, 1])
     out = sums.StatisticsOut(sums_eD.view(3, 33), mass, load, count)
     tickets = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    arguments = [
-        x.to(DEVICE) for x in (counts_e, probs_R.unsqueeze(1), probs_TE * active_TE, active_TE)
-    ]
+    arguments = [x.to(DEVICE) for x in (counts_e, probs_R.unsqueeze(1), probs_TE * active_TE)]
     for _ in range(2):
         sums.add_statistics(wide_RD.to(DEVICE)[:, :33], *arguments, weighting, tickets, out)
     for twice, single in zip(out, once, strict=True):
@@ -107,25 +105,25 @@ def test_statistics_are_added_to_what_is_there(weighting: Any) -> None:
 @weightings
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_does_not_count_may_hold_anything(weighting: Any, poison: float) -> None:
-    """Rows beyond the counts, rows of probability zero, and probabilities outside the map."""
+    """Rows beyond the counts, and rows of probability zero."""
     rows_RD, counts_e, probs_R = sorted_rows([20, 0, 200, 7], 33, torch.float32)
     padding = [0, 19, 20, 130, 226]
     probs_R[padding], rows_RD[padding] = 0.0, 0.0
     probs_TE, active_TE = routing(63, 4, 2, torch.float32)
-    clean = statistics(rows_RD, counts_e, probs_R, probs_TE, active_TE, weighting)
+    probs_TE = probs_TE * active_TE
+    clean = statistics(rows_RD, counts_e, probs_R, probs_TE, weighting)
     rows_RD[padding] = poison
     rows_RD = torch.cat([rows_RD, torch.full((200, 33), poison)])
     probs_R = torch.cat([probs_R, torch.full((200,), 0.5)])
-    probs_TE = probs_TE.masked_fill(~active_TE, poison)
-    poisoned = statistics(rows_RD, counts_e, probs_R, probs_TE, active_TE, weighting)
+    poisoned = statistics(rows_RD, counts_e, probs_R, probs_TE, weighting)
     close = [error(a, b) < 1e-6 for a, b in zip(poisoned, clean, strict=True)]
     assert all(close)
 
 
-def test_a_filler_token_in_the_map_with_probability_zero_does_not_count() -> None:
+def test_a_token_with_probability_zero_does_not_count() -> None:
     rows_RD, counts_e, probs_R = sorted_rows([3, 2], 4, torch.float32)
-    probs_TE, map_TE = torch.tensor([[0.5, 0.0], [0.0, 0.25]]), torch.ones(2, 2, dtype=torch.bool)
-    out = statistics(rows_RD, counts_e, probs_R, probs_TE, map_TE, "router")
+    probs_TE = torch.tensor([[0.5, 0.0], [0.0, 0.25]])
+    out = statistics(rows_RD, counts_e, probs_R, probs_TE, "router")
     assert out.load_E.tolist() == [1, 1]
     assert out.mass_E.tolist() == [0.5, 0.25]
 
@@ -134,7 +132,7 @@ def test_no_tokens_and_no_rows_leave_everything_as_it_is() -> None:
     empty = torch.empty(0)
     out = statistics(
         empty.view(0, 5), torch.zeros(2, dtype=torch.int64), empty, empty.view(0, 2),
-        empty.view(0, 2).bool(), "router",
+        "router",
     )  # fmt: skip
     assert not any(total.any() for total in out)
 
@@ -142,7 +140,7 @@ def test_no_tokens_and_no_rows_leave_everything_as_it_is() -> None:
 def test_statistics_repeat_to_the_bit() -> None:
     rows_RD, counts_e, probs_R = sorted_rows([3, 700, 2, 295], 300, torch.bfloat16)
     probs_TE, active_TE = routing(301, 4, 2, torch.float32)
-    inputs = (rows_RD, counts_e, probs_R, probs_TE, active_TE, "router")
+    inputs = (rows_RD, counts_e, probs_R, probs_TE * active_TE, "router")
     for a, b in zip(statistics(*inputs), statistics(*inputs), strict=True):
         assert same_bits(a, b)
 
@@ -160,23 +158,23 @@ def term_inputs(size: tuple[int, int, int, int], dtype: torch.dtype, logits: tor
     num_tokens, num_experts, width, topk = size
     logits_TE = normal(num_tokens, num_experts, dtype=logits, seed=3)
     dense_TE = logits_TE.softmax(-1, dtype=torch.float32).to(logits)
-    map_TE = torch.zeros(dense_TE.shape, dtype=torch.bool)
-    map_TE.scatter_(1, dense_TE.topk(topk).indices, True)
-    probs_TE = torch.where(map_TE, dense_TE, 0)
-    # A filler token of a padded expert: in the map, not active.
-    map_TE[0, -1], probs_TE[0, -1] = True, 0
+    probs_TE = torch.zeros_like(dense_TE)
+    chosen_TK = dense_TE.topk(topk).indices
+    probs_TE.scatter_(1, chosen_TK, dense_TE.gather(1, chosen_TK))
+    # A filler token of a padded expert is not active.
+    probs_TE[0, -1] = 0
     vectors_ED = normal(num_experts, width, dtype=torch.float32, seed=4)
     output_TD = normal(num_tokens, width, dtype=dtype, seed=5)
-    return [x.to(DEVICE) for x in (output_TD, logits_TE, probs_TE, map_TE, vectors_ED)]
+    return [x.to(DEVICE) for x in (output_TD, logits_TE, probs_TE, vectors_ED)]
 
 
 def in_pytorch(
-    output_TD: Any, scores_TE: Any, probs_TE: Any, map_TE: Any, vectors_ED: Any, scale: Any
+    output_TD: Any, scores_TE: Any, probs_TE: Any, vectors_ED: Any, scale: Any
 ) -> torch.Tensor:
     if scale is not None:
         soft_TE = scores_TE.softmax(-1, dtype=torch.float32) * scale
         scores_TE = soft_TE.type_as(scores_TE)
-    inactive_TE = functional.inactive_probs(scores_TE, map_TE & (probs_TE != 0))
+    inactive_TE = functional.inactive_probs(scores_TE, probs_TE != 0)
     return functional.add_default_term(output_TD, inactive_TE, vectors_ED)
 
 
@@ -226,13 +224,9 @@ def test_logits_of_every_dtype(logits: torch.dtype) -> None:
 
 @term_sizes
 def test_term_against_the_loops(size: Any) -> None:
-    output_TD, logits_TE, probs_TE, map_TE, vectors_ED = term_inputs(
-        size, torch.float32, torch.float32
-    )
-    result = term.add_default_term(
-        output_TD, logits_TE, probs_TE, map_TE, vectors_ED, softmax_scale=1.0
-    )
-    active_TE = (map_TE & (probs_TE != 0)).cpu()
+    output_TD, logits_TE, probs_TE, vectors_ED = term_inputs(size, torch.float32, torch.float32)
+    result = term.add_default_term(output_TD, logits_TE, probs_TE, vectors_ED, softmax_scale=1.0)
+    active_TE = (probs_TE != 0).cpu()
     dense_TE = logits_TE.double().softmax(-1).cpu()
     term_TD = naive.default_term(dense_TE, active_TE, vectors_ED.cpu())
     assert error(result, output_TD.cpu().double() + term_TD) < 2e-6
@@ -248,14 +242,12 @@ def test_backward_only_returns_the_output_to_the_bit(dtype: torch.dtype) -> None
 
 
 def test_term_ignores_poison_at_active_experts_and_in_what_it_is_given_to_write() -> None:
-    output_TD, _, probs_TE, map_TE, vectors_ED = term_inputs(
-        (63, 7, 33, 2), torch.float32, torch.float32
-    )
+    output_TD, _, probs_TE, vectors_ED = term_inputs((63, 7, 33, 2), torch.float32, torch.float32)
     dense_TE = normal(63, 7, dtype=torch.float32).to(DEVICE)
-    active_TE = map_TE & (probs_TE != 0)
+    active_TE = probs_TE != 0
     poisoned_TE = dense_TE.masked_fill(active_TE, float("nan"))
     clean, poisoned = (
-        both_ways([output_TD, scores_TE, probs_TE, map_TE, vectors_ED], None)[0]
+        both_ways([output_TD, scores_TE, probs_TE, vectors_ED], None)[0]
         for scores_TE in (dense_TE, poisoned_TE)
     )
     for a, b in zip(clean, poisoned, strict=True):
