@@ -19,11 +19,11 @@ WORKDIR /opt/megatron_default_moe
 COPY docker/install.sh docker/packages.py docker/
 COPY requirements/docker.txt requirements/
 RUN --mount=type=bind,from=apex,source=/wheels,target=/wheels docker/install.sh /wheels
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY megatron_default_moe megatron_default_moe
+COPY examples examples
 RUN python -m pip install --no-cache-dir --no-deps --no-build-isolation .
 COPY tools tools
-COPY examples examples
 COPY docker/smoke.py docker/
 
 # `docker run --user` works too: nothing above is written to at run time.

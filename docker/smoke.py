@@ -1,7 +1,7 @@
 """Train two steps of a tiny model on the CPU: what an image can show of itself while it is built.
 
 There is no GPU driver then, and training on the CPU leaves Transformer Engine aside; ``tests/gpu``
-and ``tools/doctor.py`` are for a GPU host.
+and ``default-moe doctor`` are for a GPU host.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Fill the default vectors of a TopK checkpoint from forward batches, without training.
+"""``default-moe calibrate``, from a checkout: default vectors for a TopK checkpoint.
 
 torchrun --nproc-per-node N tools/calibrate.py <flags of the training run> --load TOPK --save NEW
     [--calibration-batches 50]

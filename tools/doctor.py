@@ -1,4 +1,4 @@
-"""Say what works on this machine, what is off and why, and what to do about it.
+"""``default-moe doctor``, from a checkout: what works on this machine, and what to do.
 
 python tools/doctor.py
 """

@@ -136,7 +136,7 @@ def _without_vectors(options: RouterGradientConfig, source: Source) -> RouterGra
         raise UserError(
             f"{source.flag}: the checkpoint {source.folder} has no default vectors (a plain"
             " Megatron checkpoint?): add --default-vector-from-baseline to start them at"
-            f" {options.init}, fill them first with tools/calibrate.py, or train on with"
+            f" {options.init}, fill them first with default-moe calibrate, or train on with"
             " --moe-router-gradient topk"
         )
     _warn(

@@ -1,11 +1,13 @@
 """JSONL to Megatron's `.bin/.idx`, with any tokenizer Megatron knows.
 
 The megatron-core wheel trains on such files but does not carry the tool that makes them. Flags and
-output names are those of Megatron-LM's `tools/preprocess_data.py`.
+output names are those of Megatron-LM's `tools/preprocess_data.py`. ``default-moe preprocess`` runs
+it.
 """
 
 import json
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from megatron_default_moe import errors
 from megatron_default_moe.data.corpus import quiet_imports, write_documents
 from megatron_default_moe.errors import UserError
 
@@ -164,3 +167,21 @@ def _sentence_splitter(language: str) -> Callable[[str], list[str]]:
             "run `python -m nltk.downloader punkt_tab`"
         ) from None
     return lambda text: list(punkt.tokenize(text))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = ArgumentParser(
+        prog="default-moe preprocess",
+        description="Turn a JSONL file into Megatron's `.bin/.idx` training data.",
+    )
+    add_arguments(parser)
+    try:
+        preprocess(parser.parse_args(argv))
+    except UserError as error:
+        return errors.report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,10 +31,10 @@ def run(argv: list[str]) -> None:
         UserError: a mistake in the flags or files.
     """
     own = argparse.ArgumentParser(
-        usage="calibrate.py FLAGS --load TOPK --save NEW [--calibration-batches 50]",
+        usage="default-moe calibrate FLAGS --load TOPK --save NEW [--calibration-batches 50]",
         description="Give the TopK checkpoint TOPK default vectors and save it as NEW.",
-        epilog="FLAGS are those of the training run: python -m megatron_default_moe.pretrain --help"
-        " shows them.",
+        epilog="FLAGS are those of the training run: default-moe pretrain --help shows them. On"
+        " several ranks: torchrun ... -m megatron_default_moe calibrate FLAGS ...",
         allow_abbrev=False,
     )
     own.add_argument(
@@ -174,6 +174,10 @@ def _report(args: Any, batches: int, losses: Any, untouched: int) -> None:
         )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    return exit_code(run, sys.argv[1:])
+    return exit_code(run, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -64,7 +64,9 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this package's flags and ``--config`` (an ``extra_args_provider`` of Megatron's)."""
     add_router_gradient_args(parser)
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="Flags by name, one a line; the command line wins."
+        "--config",
+        metavar="FILE.yaml",
+        help="Flags by name, one a line; the command line wins. Or the name of an example.",
     )
     return parser
 

@@ -5,7 +5,7 @@
     ok: what - why        off: what - why - way out        bad: what - why - way out
 
 *off* is a feature one can train without; *bad* stops every training on this machine, and makes the
-exit code 1. ``python tools/doctor.py`` prints it.
+exit code 1. ``default-moe doctor`` prints it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import re
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -300,7 +301,9 @@ def _system(machine: Machine) -> Iterator[Finding]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the findings; 1 if training cannot run here."""
-    parser = argparse.ArgumentParser(description="What works on this machine, and what to do.")
+    parser = argparse.ArgumentParser(
+        prog="default-moe doctor", description="What works on this machine, and what to do."
+    )
     parser.add_argument(
         "--building-image", action="store_true", help="leave the GPUs out: they are elsewhere"
     )
@@ -314,3 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print("training can run here")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ A config file holds Megatron's (and this package's) flags by name, without the l
 ``true`` sets a switch, ``false`` clears it, ``null`` is as if the line were not there; environment
 variables are read as ``${oc.env:NAME}``. ``base: other.yaml`` takes the lines of another file, by
 its path from this one, for which this file's own lines win. The command line wins over all files.
+``--config`` also takes the name of an example (``examples``) where no file of that name is.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import re
 from typing import Any, Never
 
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options import examples
 
 _PERCENT = re.compile(r"(%%|%\(\w+\)s)|%")
 """argparse's placeholders and escaped percent signs as group 1, or a bare percent sign."""
@@ -88,7 +90,7 @@ def expand_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]
     found, rest = finder.parse_known_args(argv)
     from_files: list[str] = []
     for path in found.config:
-        from_files += _flags_of_file(parser, pathlib.Path(path))
+        from_files += _flags_of_file(parser, examples.file_of(path))
     return [*from_files, *rest]
 
 

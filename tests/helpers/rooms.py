@@ -2,7 +2,7 @@
 
 A room is a folder of ``megatron_default_moe`` or a file beside them. The thin modules that keep the
 public names importable (``FACADES``) are the front door: they import whatever they show, and
-nothing inside imports them.
+nothing below the commands imports them.
 """
 
 import ast
@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "loop": (*BELOW_THE_LOOP, *SIDE_BY_SIDE),
     **dict.fromkeys(TOP, (*BELOW_THE_LOOP, *SIDE_BY_SIDE, "loop")),
     **dict.fromkeys(
-        ("commands", "__main__"), (*BELOW_THE_LOOP, *SIDE_BY_SIDE, "loop", *TOP, "commands")
+        ("commands", "__main__"), (*BELOW_THE_LOOP, *SIDE_BY_SIDE, "loop", *TOP, "commands", "")
     ),
 }
 """Beside itself. Rooms that are not there yet stand here so that they are built in their place."""

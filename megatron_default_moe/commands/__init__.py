@@ -1,0 +1,1 @@
+"""The command line ``default-moe``: a table of commands, and what finds and runs one."""
