@@ -20,12 +20,11 @@ def load_uv_env():
     return module
 
 
-def interpreter(path, version=(3, 12), works=True):
+def interpreter(path, version="3.12", works=True):
     """A stand-in that answers like `python -c` in find_python.sh, or fails like a pyenv shim."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    answer = (
-        f"echo {path}" if works and version == (3, 12) else "echo 'not activated' >&2; exit 127"
-    )
+    shim = "echo 'not activated' >&2; exit 127"
+    answer = f'[ "$3" = {version} ] && echo {path}' if works else shim
     path.write_text(f"#!/bin/sh\n{answer}\n")
     path.chmod(0o755)
     return path
@@ -39,11 +38,11 @@ def find(tmp_path):
     for name in ("bash", "env", "sh", "grep", "sort", "ls"):
         (tools / name).symlink_to(shutil.which(name))
 
-    def run(**extra):
+    def run(*version, **extra):
         path = f"{tmp_path / 'bin'}:{tools}"
         env = {"PATH": path, "HOME": str(tmp_path / "home"), **extra}
         done = subprocess.run(
-            [str(FIND_PYTHON)], env=env, capture_output=True, text=True, timeout=60
+            [str(FIND_PYTHON), *version], env=env, capture_output=True, text=True, timeout=60
         )
         return done.returncode, done.stdout.strip()
 
@@ -58,7 +57,7 @@ def test_a_python312_that_answers_is_taken(find, tmp_path):
 
 def test_a_shim_that_fails_is_passed_over_for_the_newest_below_pyenv_root(find, tmp_path):
     interpreter(tmp_path / "bin" / "python3.12", works=False)
-    interpreter(tmp_path / "bin" / "python3", version=(3, 11))
+    interpreter(tmp_path / "bin" / "python3", version="3.11")
     versions = tmp_path / "pyenv" / "versions"
     for version in ("3.12.1", "3.12.10", "3.12.9", "3.12-dev", "3.13.0"):
         interpreter(versions / version / "bin" / "python3.12")
@@ -76,6 +75,22 @@ def test_pyenv_in_the_home_folder_without_its_command(find, tmp_path):
 
 
 def test_none_at_all_is_said_by_the_exit_code(find):
+    assert find() == (1, "")
+
+
+def test_313_is_taken_where_it_is_asked_for_or_the_only_one(find, tmp_path):
+    path = interpreter(tmp_path / "home/.pyenv/versions/3.13.0/bin/python3.13", version="3.13")
+    assert find() == (0, str(path))
+    older = interpreter(tmp_path / "bin" / "python3.12")
+    assert find() == (0, str(older))
+    assert find("3.13") == (0, str(path))
+    assert find("3.12") == (0, str(older))
+    assert find("3.12", PYTHON=str(path)) == (0, str(older))
+    assert find("3.13", PYTHON=str(path)) == (0, str(path))
+
+
+def test_314_is_not_looked_for(find, tmp_path):
+    interpreter(tmp_path / "bin" / "python3", version="3.14")
     assert find() == (1, "")
 
 
