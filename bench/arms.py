@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 OUTSIDE_OF_THE_LOOP = (
     *("--mock-data", "--tokenizer-type", "NullTokenizer"),
@@ -27,6 +27,14 @@ def start(argv: Sequence[str]) -> Any:
 
     training.initialize_megatron()
     return args
+
+
+class Seconds(NamedTuple):
+    """What one step of a block takes."""
+
+    wall: float
+    processor: float
+    """Of this process, all its threads: on a shared machine it varies less than the clock."""
 
 
 class Arm:
@@ -78,19 +86,20 @@ class Arm:
         taken, _, _ = self.optimizer.step()
         commit(self.model, taken)
 
-    def block(self, micro_batches: Sequence[Any], steps: int) -> float:
+    def block(self, micro_batches: Sequence[Any], steps: int) -> Seconds:
         """Median seconds of the steps of one block, all ranks starting together."""
         import torch
 
-        times = []
+        times, processor = [], []
         for _ in range(steps):
             torch.distributed.barrier()
             torch.cuda.synchronize()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             self.step(micro_batches)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return statistics.median(times)
+            processor.append(time.process_time() - used)
+        return Seconds(statistics.median(times), statistics.median(processor))
 
 
 def forward(data_iterator: Any, model: Any) -> Any:

@@ -63,8 +63,9 @@ def write(rows: list[str], blocks: int, steps: int, out: pathlib.Path) -> None:
 
     header = [
         "| size | TopK step (ms) | Default step (ms) | ratio, median | quartiles |"
+        " ratio of processor time, median | quartiles |"
         " collectives a step | extra state per MoE layer and rank, bytes |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     text = [
         "# Step time of Default MoE against TopK on a CPU",
@@ -127,16 +128,20 @@ def work(size: str, blocks: int, steps: int) -> None:
     assert extra == Counter(all_reduce=1), f"extra collectives: {extra}"
     for arm in built.values():
         arm.block(tokens, 2)
-    seconds = pairs.alternate(
+    blocks_of = pairs.alternate(
         list(built), lambda name: built[name].block(tokens, steps), rounds=blocks
     )
+    seconds = {name: [one.wall for one in found] for name, found in blocks_of.items()}
+    processor = {name: [one.processor for one in found] for name, found in blocks_of.items()}
     if torch.distributed.get_rank() == 0:
         found = pairs.ratio(seconds["default"], seconds["topk"])
+        work = pairs.ratio(processor["default"], processor["topk"])
         topk, default = (1e3 * statistics.median(seconds[name]) for name in ("topk", "default"))
         above = found.median > FLOOR and not found.low <= 1 <= found.high
         vectors = 4 * args.num_experts * args.hidden_size
         print(
             f"| {size} | {topk:.1f} | {default:.1f} | {found}{' (above the floor)' * above} |"
+            f" {work} |"
             f" {counts['topk'].total()} + {extra.total()} |"
             f" {state_bytes(built['default'])} (vectors 4ED = {vectors}) |",
             flush=True,

@@ -36,12 +36,12 @@ class Ratio(NamedTuple):
         return f"{self.median:.4f} | {self.low:.4f} to {self.high:.4f}"
 
 
-def alternate(
+def alternate[Number](
     names: Sequence[str],
-    block: Callable[[str], float],
+    block: Callable[[str], Number],
     rounds: int,
     until: float = math.inf,
-) -> dict[str, list[float]]:
+) -> dict[str, list[Number]]:
     """Run a block of each name in turn, round after round; who goes first changes, too.
 
     Args:
@@ -53,7 +53,7 @@ def alternate(
     Returns:
         The blocks' numbers by name, in the order of the rounds.
     """
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[Number]] = {name: [] for name in names}
     for number in range(rounds):
         if number >= FEWEST and time.monotonic() > until:
             break

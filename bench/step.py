@@ -186,7 +186,7 @@ def work(shape: Shape, tiny: bool, rounds: int, steps: int, until: float) -> Non
     for arm in built.values():
         arm.block(tokens, 2)
     seconds = pairs.alternate(
-        list(built), lambda name: built[name].block(tokens, steps), rounds, until
+        list(built), lambda name: built[name].block(tokens, steps).wall, rounds, until
     )
     counts = {name: launches_if_counted(arm, tokens[0]) for name, arm in built.items()}
     rows = table(shape, args, seconds, counts)
