@@ -13,6 +13,7 @@ gradient of its router (``gradient``), on rank 0 in that step.
 """
 
 import datetime
+import gc
 import json
 import os
 import pathlib
@@ -228,6 +229,9 @@ def _forget_the_run() -> None:
                 torch.distributed.destroy_process_group(group)
     megatron_training.destroy_global_state()
     MTPLossLoggingHelper.tracker = {}
+    # What the run leaves in circles must not be collected in a data loader's forked process, where
+    # the threads that some of it belongs to are not (Python 3.13 then ends there).
+    gc.collect()
 
 
 if __name__ == "__main__":
