@@ -84,6 +84,7 @@ def overridden() -> Iterator[str]:
 
 def _overridden_by(kind: type) -> Iterator[str]:
     ours = {name for one in kind.__mro__ if one.__module__ == kind.__module__ for name in vars(one)}
+    ours -= {"__replace__"}  # Python 3.13 gives it to every dataclass.
     for name in sorted(ours - set(vars(object)) | {"__init__"}):
         for base in kind.__mro__:
             if base.__module__.startswith("megatron.") and name in vars(base):
@@ -146,12 +147,12 @@ def results(name: str) -> str:
 
 
 def source(name: str) -> str:
-    """A digest of a function's code, without comments and documentation."""
+    """A digest of a function's code without its documentation, the same on every Python."""
     tree = _tree(name)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 def table() -> dict[str, str]:
