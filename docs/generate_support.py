@@ -22,9 +22,10 @@ runtime refuses them, and only their parts are tested without one (the layers ta
 the spec; the vectors have the latent width and are added before the projection back).
 
 `--overlap-moe-expert-parallel-comm` cuts a layer into four autograd graphs; the gradient of the
-default vectors is carried across them (`overlap.py`). On CPU ranks, in bf16 and fp16, it changes no
-bit of losses, gradients and vectors, also with tensor and interleaved pipeline parallelism; with
-graphs of the router (each stood for by a twin of the layer) that is shown on one rank in float32.
+default vectors is carried across them (`layers/overlap.py`). On CPU ranks, in bf16 and fp16, it
+changes no bit of losses, gradients and vectors, also with tensor and interleaved pipeline
+parallelism; with graphs of the router (each stood for by a twin of the layer) that is shown on one
+rank in float32.
 What the CPU cannot show is the order of its two CUDA streams: **not measured on a GPU**.
 
 With Transformer Engine (`--transformer-impl transformer_engine`), by reading Megatron's code and

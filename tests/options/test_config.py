@@ -8,6 +8,9 @@ it; values that cannot work end in a UserError that names the flag.
 
 import argparse
 import dataclasses
+import pathlib
+import re
+import runpy
 
 import pytest
 
@@ -150,6 +153,17 @@ def test_our_group_prints(parser: argparse.ArgumentParser) -> None:
     formatter.end_section()
     shown = formatter.format_help()
     assert all(flag in shown for flag in DESIGN_FLAGS)
+
+
+def test_the_documentation_shows_these_flags() -> None:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    page = runpy.run_path(str(root / "docs/generate_flags.py"), run_name="docs")
+    shown = page["PATH"].read_text()
+    assert shown == page["text"](), "run python docs/generate_flags.py"
+    flags = set(re.findall(r"^\| `(--[][\w-]+)[^|]*` \|", shown, re.M))
+    positive = {flag.replace("[no-]", "") for flag in flags}
+    negative = {flag.replace("[no-]", "no-") for flag in flags}
+    assert positive | negative == DESIGN_FLAGS
 
 
 # From arguments to options
