@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import pickle
 import tempfile
 from typing import Any
 
@@ -197,9 +198,9 @@ def _refuse_another_run(args: Any, source: Source) -> None:
     try:
         state = on_disk.common_state(folder)
     except Exception as error:
+        why = error if isinstance(error, pickle.UnpicklingError) else type(error).__name__
         raise UserError(
-            f"{source.flag}: the arguments in {folder} cannot be read ({type(error).__name__});"
-            f" {way_out(source)}"
+            f"{source.flag}: the arguments in {folder} cannot be read ({why}); {way_out(source)}"
         ) from error
     saved = state.get("args")
     if saved is None:

@@ -1,10 +1,13 @@
 """What is on disk of a ``torch_dist`` checkpoint, without loading it: names, shapes, damage."""
 
+import io
 import json
 import pathlib
+import pickle
 from collections import defaultdict
 from typing import Any
 
+from megatron_default_moe.checkpoint import safe_pickle
 from megatron_default_moe.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -15,6 +18,9 @@ INDEX = ".metadata"
 
 FORMAT = "metadata.json"
 """The file that names the format; written last."""
+
+COMMON, COMMON_KEY = "common.pt", "common_state/shard_0_1"
+"""What all ranks share: a file of its own once, an entry of the index today."""
 
 
 def folder_of(directory: str | pathlib.Path, step: int | None = None) -> pathlib.Path | None:
@@ -53,11 +59,11 @@ def index_of(folder: pathlib.Path) -> Any:
     """Return torch's index of a checkpoint (``torch.distributed.checkpoint`` Metadata).
 
     Raises:
+        pickle.UnpicklingError: it is not made as an index is (see ``safe_pickle.read_index``).
         Exception: of many kinds, if the file is not a whole pickle.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    return FileSystemReader(folder).read_metadata()
+    with (folder / INDEX).open("rb") as stream:
+        return safe_pickle.read_index(stream, folder)
 
 
 def keys(folder: pathlib.Path) -> set[str] | None:
@@ -93,7 +99,8 @@ def damage(folder: pathlib.Path, torch_dist: bool = True) -> str | None:
     try:
         stored = index_of(folder).storage_data.values()
     except Exception as error:
-        return f"the file {folder / INDEX} is damaged ({type(error).__name__})"
+        why = error if isinstance(error, pickle.UnpicklingError) else type(error).__name__
+        return f"the file {folder / INDEX} is damaged ({why})"
     ends: dict[str, int] = defaultdict(int)
     for item in stored:
         ends[item.relative_path] = max(ends[item.relative_path], item.offset + item.length)
@@ -132,9 +139,16 @@ def common_state(folder: pathlib.Path) -> dict[str, Any]:
     """Return what all ranks share of a checkpoint: ``args``, ``content_metadata`` and more.
 
     Raises:
-        Exception: of many kinds, if the data is corrupt.
+        Exception: of many kinds, if the data is corrupt or names what a checkpoint has no use for.
     """
-    from megatron.core import dist_checkpointing
-
-    state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
+    if (folder / COMMON).is_file():  # Megatron before 0.18
+        with (folder / COMMON).open("rb") as stream:
+            older: dict[str, Any] = safe_pickle.read_state(stream, "cpu")
+        return older
+    places = {place.fqn: item for place, item in index_of(folder).storage_data.items()}
+    item = places[COMMON_KEY]
+    with (folder / item.relative_path).open("rb") as stream:
+        stream.seek(item.offset)
+        data = io.BytesIO(stream.read(item.length))
+    state: dict[str, Any] = safe_pickle.read_state(data, "cpu")[0]
     return state

@@ -74,6 +74,18 @@ PATCHES = (
         reason="a checkpoint saved with expert parallelism cannot be resumed without it, or the "
         "other way round: the number of optimizers differs",
     ),
+    Patch(
+        owner="torch.distributed.checkpoint.filesystem:FileSystemReader",
+        attribute="read_metadata",
+        wrap="megatron_default_moe.checkpoint.safe_pickle:with_safe_index",
+        reason="the index of a checkpoint is a pickle, and torch would execute what it names",
+    ),
+    Patch(
+        owner="torch.distributed.checkpoint.default_planner:DefaultLoadPlanner",
+        attribute="load_bytes",
+        wrap="megatron_default_moe.checkpoint.safe_pickle:with_safe_state",
+        reason="torch would execute what the pickles of a checkpoint's arguments and states name",
+    ),
 )
 """In place from ``install`` to ``uninstall``."""
 
