@@ -186,6 +186,10 @@ class DefaultMoERouter(ObservedTopKRouter):
             totals[2] += term_TD.square().sum()
         totals[3] += result_TD.float().square().sum()
 
+    def local_step_sums(self) -> list[Tensor]:
+        """Return the buffers that the running step is summed up in on this rank."""
+        return [*super().local_step_sums(), self.local_sums]
+
     def step_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Pair the parts of ``flat`` with the local sums that go there."""
         sums_ED = StepSums.view(flat, self.num_experts, self.vector_width).sums

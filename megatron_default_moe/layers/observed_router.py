@@ -59,6 +59,8 @@ class ObservedTopKRouter(TopKRouter):
         self.routed_scores: Tensor | None = None
         # and what the experts' outputs are multiplied by, without it; zero at unused experts.
         self.routed_probs: Tensor | None = None
+        # Forward passes in the local sums, and in the pending ones: known without asking a device.
+        self.counted_passes = 0
         # The all-reduced sums of the running step, between gradient finalisation and commit.
         self.pending: StepSums | None = None
         # layer_metrics of the last step, if it was taken and is logged.
@@ -208,6 +210,7 @@ class ObservedTopKRouter(TopKRouter):
 
     @torch.no_grad()
     def _count(self, active_TE: Tensor) -> None:
+        self.counted_passes += 1
         stats = StepSums.view(self.local_stats, self.num_experts, 0)
         stats.counts.add_(active_TE.sum(0))
         stats.totals[0].add_(active_TE.shape[0])
@@ -266,6 +269,10 @@ class ObservedTopKRouter(TopKRouter):
             for name in self.checkpointed:
                 state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def local_step_sums(self) -> list[Tensor]:
+        """Return the buffers that the running step is summed up in on this rank."""
+        return [self.local_stats]
 
     def step_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Pair the parts of the step's flat buffer with the local sums that go there.

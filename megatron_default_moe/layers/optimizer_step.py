@@ -24,14 +24,38 @@ from megatron.core.distributed import finalize_model_grads as megatron_finalize_
 from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.step_sums import StepSums
 
+_NOT_REDUCED = (
+    "the step's default-vector sums were not reduced before commit: something has replaced the"
+    " finalize_model_grads_func of the model's config after attach (a framework's setup), or this"
+    " loop has none; call megatron_default_moe.reduce_step_sums(model) on every rank after the last"
+    " micro-batch"
+)
+
 
 def routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[ObservedTopKRouter]:
-    """Yield this package's routers of a model or of a list of model chunks, in layer order."""
+    """Yield this package's routers of a model or of some modules, in layer order."""
     chunks = [model] if isinstance(model, torch.nn.Module) else model
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, ObservedTopKRouter):
                 yield module
+
+
+@torch.no_grad()
+def begin(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
+    """Begin an optimizer step without what a forward pass that raised has left in the sums.
+
+    Costs nothing after a step that ended as it should: nothing is left then.
+
+    Args:
+        model: the model, or its chunks.
+    """
+    left = [router for router in routers(model) if router.counted_passes]
+    for router in left:
+        router.counted_passes = 0
+    sums = [part for router in left for part in router.local_step_sums()]
+    if sums:
+        torch._foreach_zero_(sums)
 
 
 @torch.no_grad()
@@ -51,6 +75,7 @@ def reduce_step_sums(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None
     buffer = training[0].local_stats.new_zeros(sum(sizes))
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for router, flat in zip(training, buffer.split(sizes), strict=True):
+        router.counted_passes = 0
         router.pending = StepSums.view(flat, router.num_experts, router.vector_width)
         parts += router.step_parts(flat)
     places, sums = zip(*parts, strict=True)
@@ -67,7 +92,12 @@ def commit(model: torch.nn.Module | Iterable[torch.nn.Module], taken: bool) -> N
 
     Args:
         model: the model, or its chunks.
-        taken: False for a step the optimizer skipped (overflow, NaN) or that will be repeated.
+        taken: False for a step the optimizer skipped (overflow, NaN) or that will be repeated,
+            or in which something was raised: its sums are dropped, reduced or not.
+
+    Raises:
+        RuntimeError: the step was taken, and nobody reduced its sums; without this error the
+            vectors would stay what they are, and the sums grow.
     """
     taking: dict[type[ObservedTopKRouter], list[ObservedTopKRouter]] = {}
     everyone = list(routers(model))
@@ -75,11 +105,14 @@ def commit(model: torch.nn.Module | Iterable[torch.nn.Module], taken: bool) -> N
         router.step_metrics = None
         if taken and router.pending is not None:
             taking.setdefault(type(router), []).append(router)
+        elif taken and router.counted_passes:
+            raise RuntimeError(_NOT_REDUCED)
     with torch.no_grad():
         for kind, of_kind in taking.items():
             kind.take_step(of_kind)
     for router in everyone:
         router.pending = None
+    begin(everyone)
 
 
 def finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:

@@ -100,7 +100,7 @@ def build_model_config(args: Any, options: Any) -> Any:
 
     try:
         transformer = core_transformer_config_from_args(args)
-        attach(transformer, options)
+        attach(transformer, options, commit="after-step")
         return gpt_config_from_args(
             args, config=transformer, model_config_cls=DefaultMoEGPTModelConfig
         )

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,7 +26,7 @@ def attach(
     transformer_config: TransformerConfig,
     options: RouterGradientConfig,
     *,
-    commit: Literal["after-step", "at-finalize"] = "after-step",
+    commit: Literal["after-step", "at-finalize"] | None = None,
 ) -> TransformerConfig:
     """Validate the options against a TransformerConfig and hook them into it.
 
@@ -38,7 +39,8 @@ def attach(
         commit: who ends a step. ``after-step``: the training loop, after ``optimizer.step()``
             (Megatron's own loop through ``patches.install``, others by calling
             :func:`megatron_default_moe.commit`). ``at-finalize``: the finalisation itself, for
-            loops that cannot; not exact under reruns and skipped steps.
+            loops that cannot; not exact under reruns and skipped steps. None: ``after-step`` if
+            ``patches.install`` has been called, ``at-finalize`` if not.
 
     Returns:
         The same config.
@@ -47,6 +49,8 @@ def attach(
         UserError: a combination that does not work, as one sentence naming the flag.
     """
     support.check(transformer_config, options)
+    if commit is None:
+        commit = "after-step" if patches.installed() else "at-finalize"
     finalize = {
         "after-step": optimizer_step.finalize_model_grads,
         "at-finalize": optimizer_step.finalize_model_grads_and_commit,
@@ -154,13 +158,23 @@ def default_moe_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any
             " build from a DefaultMoEGPTModelConfig"
         )
     if getattr(transformer, "router_gradient", None) is None:
-        covered = patches.installed()
-        attach(
-            transformer,
-            RouterGradientConfig(),
-            commit="after-step" if covered else "at-finalize",
-        )
+        attach(transformer, RouterGradientConfig())
     return with_default_moe(default_layer_spec(config, vp_stage), transformer.router_gradient)
+
+
+def refuse_stock_layers(model: torch.nn.Module) -> None:
+    """Make sure that every MoE layer that was built is this package's.
+
+    Raises:
+        UserError: one is not; it would train as plain TopK, unnoticed.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoELayer) and not isinstance(layer, ObservedMoELayer):
+            raise UserError(
+                f"--spec: the layer {name} was built as Megatron's own {type(layer).__name__} and"
+                " would train without a router of this package: transform the spec with"
+                " megatron_default_moe.with_default_moe, or drop --spec"
+            )
 
 
 class DefaultMoEGPTModelBuilder(GPTModelBuilder):
@@ -171,7 +185,9 @@ class DefaultMoEGPTModelBuilder(GPTModelBuilder):
         if self._model_config.transformer_layer_spec is None:
             self._model_config.transformer_layer_spec = default_moe_spec
         with patches.while_building():
-            return super().build_model(*args, **kwargs)
+            model = super().build_model(*args, **kwargs)
+        refuse_stock_layers(model)
+        return model
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -18,12 +18,13 @@ from megatron_default_moe.loop.tracker import RouterMetricsTracker
 
 
 def before_step(model: Any, iteration: int | None) -> None:
-    """Tell the routers whether the coming step is logged.
+    """Begin a step: drop what an interrupted one left, tell the routers whether this one is logged.
 
     Args:
         model: the model, or its chunks.
         iteration: steps before this one, or None where that is not known.
     """
+    optimizer_step.begin(model)
     tracker = get_moe_metrics_tracker()
     if isinstance(tracker, RouterMetricsTracker) and iteration is not None:
         tracker.routers = list(optimizer_step.routers(model))

@@ -105,6 +105,10 @@ def test_the_readmes_loop_trains_default_vectors(one_rank: None) -> None:
 def test_no_call_of_the_readmes_loop_is_superfluous(one_rank: None, call: str) -> None:
     program, removed = re.subn(rf"^ +{call}\(.*\n", "", "".join(blocks(README)), flags=re.M)
     assert removed == 1
+    if call == "reduce_step_sums":
+        with pytest.raises(RuntimeError, match="sums were not reduced before commit"):
+            vectors_after(program)
+        return
     with contextlib.suppress(UserError):
         vectors, _ = vectors_after(program)
         assert not vectors.any()
