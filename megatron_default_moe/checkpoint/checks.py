@@ -15,12 +15,15 @@ from typing import Any
 
 from megatron_default_moe.checkpoint import on_disk
 from megatron_default_moe.errors import UserError
-from megatron_default_moe.options.config import RouterGradientConfig
+from megatron_default_moe.options.config import FADE_IN, RouterGradientConfig
 
 logger = logging.getLogger(__name__)
 
 VECTORS_KEY = "router.default_vectors"
 """End of the checkpoint keys of default vectors."""
+
+STEPS_KEY = "router.default_vector_steps"
+"""End of the checkpoint keys of a fade-in's count of steps."""
 
 SHAPE_ARGS = (
     "num_layers",
@@ -63,8 +66,7 @@ def prepare_load(args: Any, options: RouterGradientConfig) -> RouterGradientConf
     """Make sure that the checkpoint about to be loaded is whole, of this model, and has vectors.
 
     Rank 0 looks at the files: thousands of ranks asking for every file's length would be felt by a
-    shared file system. The others only read which tensors there are, where the user said that the
-    vectors may be missing.
+    shared file system. The others only read what there is, where their model depends on it.
 
     Args:
         args: Megatron's arguments.
@@ -72,14 +74,17 @@ def prepare_load(args: Any, options: RouterGradientConfig) -> RouterGradientConf
 
     Returns:
         The options, with ``from_baseline`` only if a checkpoint without default vectors will be
-        loaded: restarting the same command from its own checkpoint loads the vectors.
+        loaded: restarting the same command from its own checkpoint loads the vectors. ``fade_in``
+        is what the user chose, else what the checkpoint's run did, else for a checkpoint without
+        vectors ``FADE_IN``.
 
     Raises:
         UserError: the checkpoint cannot be loaded, and why; or it has no default vectors and nobody
             said it may.
     """
     if any("://" in str(path or "") for path in (args.load, args.pretrained_checkpoint)):
-        return options  # Object storage cannot be looked into here: the user's word counts.
+        # Object storage cannot be looked into here: the user's word counts.
+        return _gently(args, options) if options.from_baseline else options
     if args.non_persistent_ckpt_type == "local" and options.from_baseline:
         raise UserError(
             "--default-vector-from-baseline cannot see whether a checkpoint on local disks"
@@ -92,9 +97,10 @@ def prepare_load(args: Any, options: RouterGradientConfig) -> RouterGradientConf
     if os.environ.get("RANK", "0") == "0":
         _refuse_damage(args, source)
         _refuse_another_run(args, source)
-    elif not (options.uses_default_vectors and options.from_baseline):
+    elif not options.uses_default_vectors:
         return loads_vectors
-    return _without_vectors(options, source)
+    names = _tensor_names(source)
+    return _fading_in(args, _without_vectors(args, options, source, names), source, names)
 
 
 def prepare_save(args: Any) -> None:
@@ -119,9 +125,20 @@ def prepare_save(args: Any) -> None:
         ) from error
 
 
-def _without_vectors(options: RouterGradientConfig, source: Source) -> RouterGradientConfig:
+def _tensor_names(source: Source) -> set[str] | None:
+    """What is in the checkpoint; None where that cannot be seen (formats other than torch_dist)."""
+    try:
+        return on_disk.keys(source.folder)
+    except Exception:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        return None  # Rank 0 refuses it in a sentence.
+
+
+def _without_vectors(
+    args: Any, options: RouterGradientConfig, source: Source, names: set[str] | None
+) -> RouterGradientConfig:
     """Refuse or accept a checkpoint without default vectors."""
-    names = on_disk.keys(source.folder)
     has_vectors = names is None or any(name.endswith(VECTORS_KEY) for name in names)
     if not options.uses_default_vectors:
         if names is not None and has_vectors:
@@ -140,11 +157,51 @@ def _without_vectors(options: RouterGradientConfig, source: Source) -> RouterGra
             f" {options.init}, fill them first with default-moe calibrate, or train on with"
             " --moe-router-gradient topk"
         )
+    options = _gently(args, options)
+    gently = f" and come into the forward over {options.fade_in} steps (--default-vector-fade-in)"
     _warn(
         f"{source.folder} has no default vectors: they start at {options.init}"
-        " (--default-vector-from-baseline)"
+        f" (--default-vector-from-baseline){gently if options.fade_in else ''}"
     )
     return options
+
+
+def _fading_in(
+    args: Any, options: RouterGradientConfig, source: Source, names: set[str] | None
+) -> RouterGradientConfig:
+    """Decide over how many steps the vectors come into the forward: see :func:`prepare_load`."""
+    if options.from_baseline:
+        return _gently(args, options)
+    if names is None or not (options.uses_default_vectors and options.in_forward):
+        return options
+    begun = any(name.endswith(STEPS_KEY) for name in names)
+    if options.fade_in and not begun:
+        _warn(
+            f"{source.folder} counts no steps of a fade-in: the default vectors leave the forward"
+            f" and come back over {options.fade_in} steps (--default-vector-fade-in)"
+        )
+        return dataclasses.replace(options, fade_in_begins=True)
+    if begun and not _given(args):
+        saved = on_disk.common_state(source.folder).get("args")
+        fade_in = getattr(saved, "default_vector_fade_in", None)
+        if not fade_in:
+            raise UserError(
+                f"{source.flag}: the checkpoint {source.folder} was saved during a fade-in whose"
+                " length it does not say: give --default-vector-fade-in"
+            )
+        return dataclasses.replace(options, fade_in=fade_in)
+    return options
+
+
+def _given(args: Any) -> bool:
+    return getattr(args, "default_vector_fade_in", None) is not None
+
+
+def _gently(args: Any, options: RouterGradientConfig) -> RouterGradientConfig:
+    """Let the vectors into a model that was trained without them step by step."""
+    if _given(args) or not (options.uses_default_vectors and options.in_forward):
+        return options
+    return dataclasses.replace(options, fade_in=FADE_IN)
 
 
 def _warn(sentence: str) -> None:

@@ -180,6 +180,7 @@ class _DefaultTerm(torch.autograd.Function):
         vectors_ED: Tensor,
         softmax_scale: float | None,
         in_forward: bool,
+        fraction: Tensor | None,
     ) -> Tensor:
         """Return the sum; arguments as in :func:`add_default_term`, contiguous."""
         ctx.save_for_backward(scores_TE, probs_TE, vectors_ED)
@@ -187,6 +188,8 @@ class _DefaultTerm(torch.autograd.Function):
         if not in_forward:
             return output_TD.view_as(output_TD)
         (num_tokens, width), num_experts = output_TD.shape, scores_TE.shape[1]
+        if fraction is not None:
+            vectors_ED = vectors_ED * fraction  # The backward pass takes them whole.
         output_TD = output_TD.contiguous()
         result_TD = torch.empty_like(output_TD)
         if num_tokens:
@@ -207,7 +210,7 @@ class _DefaultTerm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scores_TE, probs_TE, vectors_ED = ctx.saved_tensors
             grad_TE = scores_gradient(grad_TD, scores_TE, probs_TE, vectors_ED, ctx.softmax_scale)
-        return grad_TD, grad_TE, None, None, None, None
+        return grad_TD, grad_TE, None, None, None, None, None
 
 
 def scores_gradient(
@@ -238,6 +241,7 @@ def add_default_term(
     *,
     softmax_scale: float | None,
     in_forward: bool = True,
+    fraction: Tensor | None = None,
 ) -> Tensor:
     """Return ``output + sum over inactive i of pi_ti Ê_i``, with the gradient into the scores.
 
@@ -255,6 +259,8 @@ def add_default_term(
         softmax_scale: the scores are logits, ``pi = softmax(logits) * softmax_scale`` in the
             logits' dtype; None: the scores are pi.
         in_forward: off returns the output to the bit, with the same gradient.
+        fraction: [1] float32, how much of the term is added (``functional.faded``); the gradient
+            is that of all of it. None: all.
 
     Returns:
         [T, D] in the dtype of the output.
@@ -265,6 +271,8 @@ def add_default_term(
             soft_TE = torch.softmax(scores_TE, dim=-1, dtype=torch.float32) * softmax_scale
             scores_TE = soft_TE.type_as(scores_TE)
         inactive_TE = functional.inactive_probs(scores_TE, probs_TE.detach() != 0)
+        if fraction is not None:
+            inactive_TE = functional.faded(inactive_TE, fraction)
         if in_forward:
             return functional.add_default_term(output_TD, inactive_TE, vectors_ED)
         return functional.attach_default_gradient(output_TD, inactive_TE, vectors_ED)
@@ -275,4 +283,5 @@ def add_default_term(
         vectors_ED.detach().contiguous(),
         softmax_scale,
         in_forward,
+        fraction,
     )

@@ -29,8 +29,9 @@ class DefaultMoERouter(ObservedTopKRouter):
     """Router that owns the default vectors and prepares what the layer adds of them.
 
     Buffers (checkpointed, float32 in every precision): ``default_vectors`` [E, D] and
-    ``default_vector_updates`` [E], the number of updates each has had. Local sums of the running
-    step are buffers too, but not checkpointed: they are zero between steps.
+    ``default_vector_updates`` [E], the number of updates each has had; with a fade-in also
+    ``default_vector_steps`` [1], the optimizer steps taken since it began. Local sums of the
+    running step are buffers too, but not checkpointed: they are zero between steps.
     """
 
     fp32_buffers = (*ObservedTopKRouter.fp32_buffers, "default_vectors", "local_sums")
@@ -56,6 +57,12 @@ class DefaultMoERouter(ObservedTopKRouter):
         self._new_buffer("default_vector_updates", (self.num_experts,), torch.int64)
         self._new_buffer("local_sums", (num_local, self.vector_width), persistent=False)
         self._new_buffer("rejected_updates", (1,), torch.int64, persistent=False)
+        if self.options.fade_in:
+            self._new_buffer("default_vector_steps", (1,), torch.int64)
+            begins = self.options.fade_in_begins
+            # A checkpoint that has vectors, but no such count, is asked for all but the count.
+            self.awaits_baseline = self.awaits_baseline or begins
+            self.checkpointed = (*(() if begins else self.checkpointed), "default_vector_steps")
         # Order before-use: the vectors this micro-batch uses, from the experts' side to the end
         # of its layer: [E, D].
         self._micro_batch_vectors: Tensor | None = None
@@ -141,6 +148,17 @@ class DefaultMoERouter(ObservedTopKRouter):
             return self._micro_batch_vectors
         return self._corrected(self.default_vectors)
 
+    def faded(self, inactive_TE: Tensor) -> Tensor:
+        """The inactive probabilities as the forward uses them: less of them during a fade-in."""
+        fraction = self.fade_in_fraction()
+        return inactive_TE if fraction is None else functional.faded(inactive_TE, fraction)
+
+    def fade_in_fraction(self) -> Tensor | None:
+        """[1] float32, how much of the default term the forward has; None without a fade-in."""
+        if not self.options.fade_in:
+            return None
+        return functional.fade_in_fraction(self.default_vector_steps, self.options.fade_in)
+
     def _corrected(self, vectors_ED: Tensor, just_updated_E: Tensor | None = None) -> Tensor:
         """The vectors to use; ``just_updated_E`` marks those with an update that is not counted."""
         if not self.options.bias_correction:
@@ -165,7 +183,7 @@ class DefaultMoERouter(ObservedTopKRouter):
         """
         if not self.uses_vectors:
             return super().finish_output(output)
-        inactive_TE = functional.inactive_probs(self._dense(), self._active())
+        inactive_TE = self.faded(functional.inactive_probs(self._dense(), self._active()))
         vectors_ED = self.vectors_in_use()
         self._forget_routing()
         flat_TD = output.reshape(-1, self.vector_width)
@@ -212,6 +230,13 @@ class DefaultMoERouter(ObservedTopKRouter):
     def settle(self) -> None:
         """Take the vectors that have been set for settled: bias correction leaves them as is."""
         self.default_vector_updates.clamp_(max=1).mul_(SETTLED)
+        self.count_fade_in_from(0)
+
+    @torch.no_grad()
+    def count_fade_in_from(self, steps: int) -> None:
+        """Set the number of steps taken of a fade-in, if there is one."""
+        if self.options.fade_in:
+            self.default_vector_steps.fill_(steps)
 
 
 def _blend_together(routers: list[DefaultMoERouter]) -> None:
@@ -233,5 +258,7 @@ def _blend_together(routers: list[DefaultMoERouter]) -> None:
         if router.collects_details:
             router.step_metrics = layer_metrics(step, before_ED, after_ED, router.rejected_updates)
     torch._foreach_copy_([router.default_vectors for router in routers], list(after_LED))
+    if routers[0].options.fade_in:
+        torch._foreach_add_([router.default_vector_steps for router in routers], 1)
     updates = [router.default_vector_updates for router in routers]
     torch._foreach_add_(updates, list(accepted_LE.to(torch.int64)))

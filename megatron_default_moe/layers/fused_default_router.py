@@ -92,9 +92,10 @@ class FusedDefaultMoERouter(DefaultMoERouter):
             vectors_ED,
             softmax_scale=scale,
             in_forward=self.options.in_forward,
+            fraction=self.fade_in_fraction(),
         )
         if self.collects_details and self.counts_this_pass:
-            inactive_TE = functional.inactive_probs(self._dense(), self._active())
+            inactive_TE = self.faded(functional.inactive_probs(self._dense(), self._active()))
             self._count_norms(inactive_TE, vectors_ED, result_TD)
         self._forget_routing()
         return result_TD.view_as(output)

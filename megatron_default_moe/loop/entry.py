@@ -86,6 +86,8 @@ def start(args: Any, options: RouterGradientConfig) -> RouterGradientConfig:
             may; or nothing can be saved.
     """
     options = checks.prepare_load(args, options)
+    # Saved with the checkpoints: who resumes from them goes on with the same fade-in.
+    args.default_vector_fade_in = options.fade_in
     checks.prepare_save(args)
     patches.install()
     set_moe_metrics_tracker(_tracker(args))

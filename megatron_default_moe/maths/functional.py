@@ -142,6 +142,48 @@ class _SplitTerm(torch.autograd.Function):
         return grad_TD, _product_gradient(grad_TD, vectors_ED).to(ctx.inactive_dtype), None
 
 
+class _Faded(torch.autograd.Function):
+    """A product with a fraction in the forward pass, the identity in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, inactive_TE: Tensor, fraction: Tensor) -> Tensor:
+        return inactive_TE * fraction.to(inactive_TE.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_TE: Tensor) -> tuple[Tensor, None]:
+        return grads_TE[0], None
+
+
+def faded(inactive_TE: Tensor, fraction: Tensor) -> Tensor:
+    """Return the inactive probabilities for a fraction f of the default term, gradient in full.
+
+    With them :func:`add_default_term` gives ``y_topk + f y' + (1 - f)(y' - stopgrad(y'))``: from
+    the backward-only form (f = 0, :func:`attach_default_gradient`) to the whole term (f = 1). The
+    output sees f of the term; the router learns from all of it, whatever f is.
+
+    Args:
+        inactive_TE: [T, E] from :func:`inactive_probs`.
+        fraction: [1] f, on the same device.
+
+    Returns:
+        [T, E] in the dtype of ``inactive_TE``: f times it, with its own gradient.
+    """
+    return _Faded.apply(inactive_TE, fraction)
+
+
+def fade_in_fraction(steps_1: Tensor, fade_in: int) -> Tensor:
+    """Return ``min(1, n / N)``: how much of the default term the next step's forward has.
+
+    Args:
+        steps_1: [1] int, the number n of optimizer steps taken since the fade-in began.
+        fade_in: N, at least 1.
+
+    Returns:
+        [1] float32, on the device of ``steps_1``.
+    """
+    return (steps_1.to(torch.float32) / fade_in).clamp(max=1.0)
+
+
 class _DefaultGradientOnly(torch.autograd.Function):
     """Identity on the output whose backward also reaches the inactive probabilities."""
 

@@ -21,6 +21,28 @@ def default_term(probs_TE: Tensor, active_TE: Tensor, default_vectors_ED: Tensor
     return term_TD
 
 
+def fading_output(
+    output_TD: Tensor,
+    probs_TE: Tensor,
+    active_TE: Tensor,
+    default_vectors_ED: Tensor,
+    steps: int,
+    fade_in: int,
+) -> Tensor:
+    """[T, D] float64: ``y + min(1, n / N) y'`` after n of the N steps of a fade-in.
+
+    Its gradient into the router logits is that of the whole term (:func:`router_logit_gradient`
+    with the default vectors as the values of inactive experts), whatever n is.
+    """
+    fraction = 1.0 if steps >= fade_in else steps / fade_in
+    term_TD = default_term(probs_TE, active_TE, default_vectors_ED)
+    faded_TD = output_TD.double().clone()
+    for t in range(len(term_TD)):
+        for d in range(term_TD.shape[1]):
+            faded_TD[t, d] += fraction * term_TD[t, d]
+    return faded_TD
+
+
 def expert_sums(
     rows_RD: Tensor, tokens_per_expert_e: Tensor, probs_R: Tensor, weighting: str
 ) -> Tensor:

@@ -54,6 +54,14 @@ class RouterGradientConfig:
     in_forward: bool = _switch(True, "default-vector-in-forward")
     """Add the default vectors in the forward pass. Off: backward only, the forward is TopK's."""
 
+    fade_in: int = _flag(0, "default-vector-fade-in", type=int, metavar="N")
+    """Let the default vectors into the forward pass over N optimizer steps, from nothing to all of
+    them, for a model that was trained without: a step (and evaluation after it) uses n/N of the
+    default term, n being the steps taken since; the router's gradient is that of the whole term
+    from the first. 0: all of it at once. 200 where --default-vector-from-baseline starts vectors,
+    and in what default-moe calibrate saves, unless this flag says otherwise; a checkpoint saved
+    during a fade-in goes on with it."""
+
     in_eval: bool = _switch(True, "default-vector-in-eval")
     """Use the default vectors in evaluation and inference too. They are part of the model: turn
     this off only to measure what they carry."""
@@ -82,12 +90,26 @@ class RouterGradientConfig:
     """Accept a checkpoint that has no default vectors (a plain Megatron one): they start as
     --default-vector-init says, with one warning."""
 
+    fade_in_begins: bool = dataclasses.field(default=False, repr=False)
+    """Not a flag: the checkpoint about to be loaded has default vectors and no count of the steps
+    of a fade-in, which begins with it (``checks.prepare_load`` finds out)."""
+
     def __post_init__(self) -> None:
         """Check the values themselves; combinations with Megatron's options are in support.py."""
         if not 0.0 <= self.beta < 1.0:
             raise UserError(
                 f"--default-vector-beta must be at least 0 and below 1, not {self.beta}: it is the"
                 " share of the old vector kept at each step (0.99 by default)"
+            )
+        if self.fade_in < 0:
+            raise UserError(
+                f"--default-vector-fade-in must be a number of steps, not {self.fade_in}: 0 adds"
+                " all of the default term at once"
+            )
+        if self.fade_in and not self.in_forward:
+            raise UserError(
+                "--no-default-vector-in-forward leaves nothing to fade in: drop it or"
+                " --default-vector-fade-in"
             )
         if self.init == "gaussian" and self.bias_correction:
             raise UserError(
@@ -110,6 +132,16 @@ PAPER_PRESET = {
 """--paper-default-moe: the published method, where it differs from the defaults or states them."""
 
 
+FADE_IN = 200
+"""Steps of the fade-in of vectors that a trained model gets, unless the user chooses."""
+
+
+def chosen_by_flags() -> list[dataclasses.Field[Any]]:
+    """The options that are flags."""
+    fields = dataclasses.fields(RouterGradientConfig)
+    return [field for field in fields if "argparse_meta" in field.metadata]
+
+
 def add_router_gradient_args(parser: ArgumentParser) -> ArgumentParser:
     """Add the package's flags to Megatron's parser, as one group.
 
@@ -121,8 +153,8 @@ def add_router_gradient_args(parser: ArgumentParser) -> ArgumentParser:
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
 
-    factory = ArgumentGroupFactory(RouterGradientConfig)
-    for field in dataclasses.fields(RouterGradientConfig):
+    factory = ArgumentGroupFactory(RouterGradientConfig, exclude=["fade_in_begins"])
+    for field in chosen_by_flags():
         # The factory shows docstrings as they are; the default belongs to the help too.
         text = " ".join(factory.field_docstrings[field.name].split())
         default: Any = field.default
@@ -153,7 +185,7 @@ def options_from_args(args: Namespace) -> RouterGradientConfig:
         UserError: a value out of range, or two flags that exclude each other.
     """
     values: dict[str, Any] = dict(PAPER_PRESET) if getattr(args, "paper_default_moe", False) else {}
-    for field in dataclasses.fields(RouterGradientConfig):
+    for field in chosen_by_flags():
         given = getattr(args, field.metadata["argparse_meta"]["dest"], None)
         if given is not None:
             values[field.name] = given

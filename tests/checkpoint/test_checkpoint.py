@@ -19,6 +19,7 @@ import torch
 from megatron_default_moe import RouterGradientConfig, UserError
 from megatron_default_moe.checkpoint import checks, on_disk
 from megatron_default_moe.cpu import runtime
+from megatron_default_moe.options import config
 
 PLAIN = ("decoder.layers.mlp.router.weight", "decoder.layers.mlp.experts.linear_fc1.weight")
 VECTORS = "decoder.layers.mlp.router.default_vectors"
@@ -165,7 +166,9 @@ def test_the_option_accepts_it_with_one_warning(
     args = arguments(flag, tmp_path)
     before = dict(vars(args))
     options = RouterGradientConfig(from_baseline=True, init=init)
-    assert checks.prepare_load(args, options) == options
+    assert checks.prepare_load(args, options) == dataclasses.replace(
+        options, fade_in=config.FADE_IN
+    )
     assert vars(args) == before, "the strictness is the user's"
     (warning,) = warnings(caplog)
     assert str(folder) in warning
@@ -233,6 +236,70 @@ def test_an_unknown_format_is_left_to_megatron(
     (tmp_path / "iter_0000007" / "mp_rank_00").mkdir(parents=True)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     assert untouched(arguments("--load", tmp_path), RouterGradientConfig(), caplog)
+
+
+STEPS = "decoder.layers.mlp.router.default_vector_steps"
+
+
+def fading(tmp_path: pathlib.Path, names: Iterable[str], saved: int | None = None) -> pathlib.Path:
+    """Write a checkpoint of a run with this fade-in, none if it had none."""
+    folder = save(tmp_path, names)
+    fade_in = {} if saved is None else {"default_vector_fade_in": saved}
+    torch.save({"args": argparse.Namespace(**fade_in)}, folder / "common.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    ("names", "saved", "flag", "expected"),
+    [
+        (WITH_VECTORS, None, None, 0),
+        ((*WITH_VECTORS, STEPS), 30, None, 30),
+        ((*WITH_VECTORS, STEPS), 30, 0, 0),
+        ((*WITH_VECTORS, STEPS), 30, 50, 50),
+        (PLAIN, None, None, config.FADE_IN),
+        (PLAIN, None, 0, 0),
+        (PLAIN, None, 50, 50),
+    ],
+)
+def test_the_fade_in_is_the_flags_or_the_checkpoints_or_gentle(
+    arguments: Arguments,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rank: str,
+    names: Iterable[str],
+    saved: int | None,
+    flag: int | None,
+    expected: int,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    args = arguments("--load", fading(tmp_path, names, saved))
+    args.default_vector_fade_in = flag
+    options = RouterGradientConfig(from_baseline=True, fade_in=flag or 0)
+    found = checks.prepare_load(args, options)
+    assert (found.fade_in, found.fade_in_begins) == (expected, False)
+    said = [line for line in warnings(caplog) if f" over {expected} steps" in line]
+    assert bool(said) == (names is PLAIN and expected > 0 and rank == "0")
+
+
+def test_a_fade_in_begins_with_a_checkpoint_that_counts_none(
+    arguments: Arguments, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = arguments("--load", fading(tmp_path, WITH_VECTORS))
+    args.default_vector_fade_in = 30
+    found = checks.prepare_load(args, RouterGradientConfig(fade_in=30))
+    assert (found.fade_in, found.fade_in_begins) == (30, True)
+    (warning,) = warnings(caplog)
+    assert "counts no steps of a fade-in" in warning
+
+
+def test_a_fade_in_of_unknown_length_is_asked_for(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    args = arguments("--load", fading(tmp_path, (*WITH_VECTORS, STEPS)))
+    with pytest.raises(UserError, match="give --default-vector-fade-in"):
+        checks.prepare_load(args, RouterGradientConfig())
 
 
 # Megatron takes --pretrained-checkpoint only where --load has nothing yet
@@ -510,7 +577,8 @@ def test_a_newer_checkpoint_that_does_not_persist_is_the_one(
 
 def test_object_storage_is_taken_at_the_users_word(arguments: Arguments) -> None:
     options = RouterGradientConfig(from_baseline=True)
-    assert checks.prepare_load(arguments("--load", "msc://bucket/run"), options) == options
+    found = checks.prepare_load(arguments("--load", "msc://bucket/run"), options)
+    assert found == dataclasses.replace(options, fade_in=config.FADE_IN)
 
 
 # Before anything is saved

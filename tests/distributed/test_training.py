@@ -87,6 +87,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "bf16-first-half": [*bf16, *save_bf16, "--exit-interval", str(HALF_WAY)],
         "bf16-second-half": [*bf16, "--load", str(out / "bf16")],
     }
+    fading = [*EP2, "--default-vector-fade-in", "6"]
+    save_fading = ["--save", str(out / "fading"), "--save-interval", str(HALF_WAY)]
+    cases |= {
+        "fading": fading,
+        "fading-first-half": [*fading, *save_fading, "--exit-interval", str(HALF_WAY)],
+        # The checkpoint knows.
+        "fading-second-half": [*EP2, "--load", str(out / "fading")],
+    }
     listed = {name: {"argv": argv, "stock": name == "stock"} for name, argv in cases.items()}
     return {**record(out, 2, listed), "events": out / "tensorboard", "saved": out / "baseline"}
 
@@ -177,8 +185,12 @@ def test_the_log_of_the_last_rank_holds_the_layers_of_every_stage(runs: dict[str
 
 @pytest.mark.parametrize(
     ("whole", "halves"),
-    [("ep2", ""), ("bf16", "bf16-")],
-    ids=["fp32", "bf16, distributed optimizer"],
+    [("ep2", ""), ("bf16", "bf16-"), ("fading", "fading-")],
+    ids=[
+        "fp32",
+        "bf16, distributed optimizer",
+        "during a fade-in, whose length is not given again",
+    ],
 )
 def test_a_resumed_run_continues_to_the_bit(runs: dict[str, Any], whole: str, halves: str) -> None:
     first, second = f"{halves}first-half", f"{halves}second-half"
@@ -190,6 +202,13 @@ def test_a_resumed_run_continues_to_the_bit(runs: dict[str, Any], whole: str, ha
                 assert layer["vectors"].dtype == torch.float32
                 assert torch.equal(layer["vectors"], step["layers"][number]["vectors"])
                 assert torch.equal(layer["updates"], step["layers"][number]["updates"])
+
+
+def test_a_fade_in_changes_the_loss_from_its_second_step_on(runs: dict[str, Any]) -> None:
+    """Both begin with vectors of zero; then one has all of the term, the other a sixth."""
+    whole, fading = losses(runs["ep2"]), losses(runs["fading"])
+    assert whole[0] == fading[0]
+    assert whole[1] != fading[1]
 
 
 def test_a_plain_checkpoint_needs_the_flag_that_says_so(runs: dict[str, Any]) -> None:

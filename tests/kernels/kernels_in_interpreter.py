@@ -274,6 +274,21 @@ def test_no_tokens(in_forward: bool) -> None:
     assert inputs[1].grad.shape == (0, 7)
 
 
+@pytest.mark.parametrize("num_experts", [7, term.MAX_EXPERTS_FLOAT32 + 3])
+def test_a_fraction_of_the_term_has_the_gradient_of_all_of_it(num_experts: int) -> None:
+    inputs = term_inputs((33, num_experts, 20, 2), torch.float32, torch.float32)
+    fraction = torch.tensor([0.25], device=inputs[0].device)
+    inputs[1].requires_grad_()
+    found = []
+    for part in ({}, {"fraction": fraction}, {"in_forward": False}):
+        result = term.add_default_term(*inputs, softmax_scale=1.0, **part)
+        (grad_TE,) = torch.autograd.grad(result.sum(), inputs[1])
+        found.append((result.detach(), grad_TE))
+    (whole, full_TE), (part_TD, part_TE), (none, _) = found
+    assert error(part_TD - none, 0.25 * (whole - none)) < 1e-5
+    assert same_bits(part_TE, full_TE)
+
+
 def test_more_experts_than_a_program_holds_take_the_functions() -> None:
     size = (9, term.MAX_EXPERTS_FLOAT32 + 3, 5, 2)
     ours, expected = both_ways(term_inputs(size, torch.float32, torch.float32), 1.5)
@@ -290,6 +305,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uniform": {"weighting": "uniform"},
     "before-use": {"order": "before-use"},
     "backward only": {"in_forward": False},
+    # Two steps of three: the evaluation at the end uses two thirds.
+    "fade-in": {"fade_in": 3},
     "bias correction": {"bias_correction": True, "moe_router_topk_scaling_factor": 1.5},
     "capacity": {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "probs"},
     "padded capacity": {
@@ -312,7 +329,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @in_the_interpreter
 @pytest.mark.parametrize(
     ("name", "details"),
-    [*((name, False) for name in SETTINGS), ("default", True), ("normalized sigmoid", True)],
+    [
+        *((name, False) for name in SETTINGS),
+        *((name, True) for name in ("default", "fade-in", "normalized sigmoid")),
+    ],
 )
 def test_layer_equals_the_pytorch_layer(
     one_rank: None, monkeypatch: pytest.MonkeyPatch, name: str, details: bool

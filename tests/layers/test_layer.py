@@ -117,6 +117,40 @@ def test_backward_only_has_topk_forward_and_default_gradient(new_layer: Any) -> 
     assert not torch.allclose(grads["off"], grads["stock"])
 
 
+@pytest.mark.parametrize("order", ["after-use", "before-use"])
+def test_a_fade_in_lets_the_term_into_the_forward_over_its_steps(
+    new_layer: Any, order: str
+) -> None:
+    """y_topk + n/N y' in training and evaluation, with the router gradient of all of y'."""
+    layer, whole = new_layer(order=order, fade_in=3), new_layer(order=order)
+    topk = new_layer(gradient="topk")
+    assert {"default_vector_steps"} == layer.router.state_dict().keys() - whole.router.state_dict()
+    start_ED = torch.randn(5, 12, generator=torch.Generator().manual_seed(4))
+    for one in (layer, whole):
+        one.router.default_vectors.copy_(start_ED)
+    for step in range(5):
+        x = tokens(layer, step)
+        outputs, grads = [], []
+        for one in (layer, whole, topk):
+            one.zero_grad()
+            one.eval()
+            with torch.no_grad():
+                evaluated = one(x)[0]
+            one.train()
+            train_step(one, x, taken=False)  # neither this nor evaluation counts
+            one.zero_grad()
+            outputs.append([evaluated, *train_step(one, x)])
+            grads.append(one.router.weight.grad)
+        for part, full, none in zip(*outputs, strict=True):
+            if step:
+                close(part - none, min(step / 3, 1) * (full - none), 1e-4)
+            assert torch.equal(part, full) == (step >= 3)
+            assert torch.equal(part, none) == (step == 0)
+        close(grads[0], grads[1])
+        assert torch.equal(layer.router.default_vectors, whole.router.default_vectors)
+        assert int(layer.router.default_vector_steps) == step + 1
+
+
 @pytest.mark.parametrize("balance", ["none", "aux_loss"])
 def test_topk_is_stock_bit_for_bit(new_layer: Any, balance: str, dispatcher: str) -> None:
     settings = {

@@ -125,6 +125,21 @@ def test_a_taken_step_ends_the_wait_for_a_baseline(new_layer: Any) -> None:
     waiting.load_state_dict(plain)
 
 
+def test_a_fade_in_begins_with_a_checkpoint_that_counts_no_steps_of_one(new_layer: Any) -> None:
+    """Of such a checkpoint all but the count is asked; of any other, the count too."""
+    whole = new_layer()
+    train_step(whole, tokens(whole))
+    beginning = new_layer(fade_in=3, fade_in_begins=True)
+    beginning.load_state_dict(whole.state_dict())
+    assert torch.equal(beginning.router.default_vectors, whole.router.default_vectors)
+    train_step(beginning, tokens(beginning))
+    going_on = new_layer(fade_in=3)
+    going_on.load_state_dict(beginning.state_dict())
+    assert int(going_on.router.default_vector_steps) == 1
+    with pytest.raises(RuntimeError, match="default_vector_steps"):
+        new_layer(fade_in=3).load_state_dict(whole.state_dict())
+
+
 @pytest.mark.parametrize("kind", ["alltoall", "allgather"])
 def test_a_dispatcher_forgets_what_it_has_shown(new_layer: Any, kind: str) -> None:
     layer = new_layer(moe_token_dispatcher_type=kind)

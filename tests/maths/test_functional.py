@@ -163,6 +163,29 @@ def test_attached_gradient_equals_that_of_the_added_term(
 
 
 @dtypes
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 9])
+def test_a_fade_in_scales_the_forward_and_not_the_gradient(steps: int, dtype: torch.dtype) -> None:
+    probs_TE, active_TE = routing(6, 7, 2, dtype)
+    vectors_ED = normal(7, 5, dtype=vector_dtype(dtype))
+    output_TD, upstream_TD = normal(6, 5, dtype=dtype), normal(6, 5, dtype=dtype, seed=8)
+    fraction = functional.fade_in_fraction(torch.tensor([steps]), 4)
+    found = []
+    for fade in (lambda inactive: functional.faded(inactive, fraction), lambda inactive: inactive):
+        probs = probs_TE.clone().requires_grad_()
+        inactive_TE = fade(functional.inactive_probs(probs, active_TE))
+        result_TD = functional.add_default_term(output_TD, inactive_TE, vectors_ED)
+        result_TD.backward(upstream_TD)
+        found.append((result_TD.detach(), probs.grad))
+    (faded_TD, faded_TE), (whole_TD, whole_TE) = found
+    expected_TD = naive.fading_output(output_TD, probs_TE, active_TE, vectors_ED, steps, 4)
+    close(faded_TD, expected_TD, dtype)
+    assert same_bits(faded_TE, whole_TE)
+    assert same_bits(faded_TD, whole_TD) == (steps >= 4)
+    if not steps:
+        assert torch.equal(faded_TD, output_TD)
+
+
+@dtypes
 def test_attach_default_gradient_returns_the_output_to_the_bit(dtype: torch.dtype) -> None:
     probs_TE, active_TE = routing(4, 7, 2, dtype)
     vectors_ED = normal(7, 3, dtype=vector_dtype(dtype))

@@ -47,6 +47,7 @@ DESIGN_FLAGS = {
     *(switch.replace("--", "--no-", 1) for switch in SWITCHES),
     "--default-vector-beta",
     "--default-vector-from-baseline",
+    "--default-vector-fade-in",
     "--paper-default-moe",
 }
 DEFAULTS = {
@@ -56,6 +57,8 @@ DEFAULTS = {
     "weighting": "router",
     "order": "after-use",
     "in_forward": True,
+    "fade_in": 0,
+    "fade_in_begins": False,
     "in_eval": True,
     "init": "zeros",
     "bias_correction": False,
@@ -104,10 +107,7 @@ def test_every_field_has_its_flag_and_every_flag_its_field(
     parser: argparse.ArgumentParser,
 ) -> None:
     dests = {action.dest for action in our_groups(parser)[0]._group_actions}
-    fields = {
-        field.metadata["argparse_meta"]["dest"]
-        for field in dataclasses.fields(RouterGradientConfig)
-    }
+    fields = {field.metadata["argparse_meta"]["dest"] for field in config.chosen_by_flags()}
     assert dests == fields | {"paper_default_moe"}
 
 
@@ -120,13 +120,15 @@ def test_choices_are_those_of_the_design(parser: argparse.ArgumentParser, flag: 
         assert choices == DESIGN_CHOICES[flag]
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(RouterGradientConfig), ids=lambda f: f.name)
+@pytest.mark.parametrize("field", config.chosen_by_flags(), ids=lambda f: f.name)
 def test_help_explains_and_names_the_default(
     parser: argparse.ArgumentParser, field: dataclasses.Field
 ) -> None:
     flag = field.metadata["argparse_meta"]["arg_names"][0]
     action = parser._option_string_actions[flag]
-    default = {True: "on", False: "off"}.get(DEFAULTS[field.name], DEFAULTS[field.name])
+    default = DEFAULTS[field.name]
+    if isinstance(default, bool):
+        default = "on" if default else "off"
     text = parser._get_formatter()._expand_help(action)
     explanation, _, shown = text.rpartition(" Default: ")
     assert shown == f"{default}."
@@ -188,6 +190,7 @@ def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
         (["--default-vector-weighting", "uniform"], "weighting", "uniform"),
         (["--default-vector-order", "before-use"], "order", "before-use"),
         (["--no-default-vector-in-forward"], "in_forward", False),
+        (["--default-vector-fade-in", "7"], "fade_in", 7),
         (["--no-default-vector-in-eval"], "in_eval", False),
         (["--default-vector-init", "gaussian"], "init", "gaussian"),
         (["--default-vector-bias-correction"], "bias_correction", True),
@@ -254,6 +257,22 @@ def test_beta_out_of_range_names_the_flag(parser: argparse.ArgumentParser, beta:
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9999999])
 def test_beta_in_range_is_accepted(beta: float) -> None:
     assert RouterGradientConfig(beta=beta).beta == beta
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--default-vector-fade-in", "-1"], "must be a number of steps"),
+        (["--default-vector-fade-in", "5", "--no-default-vector-in-forward"], "nothing to fade in"),
+    ],
+    ids=["negative", "backward-only"],
+)
+def test_a_fade_in_that_cannot_be(
+    parser: argparse.ArgumentParser, argv: list[str], named: str
+) -> None:
+    with pytest.raises(UserError, match=named) as refusal:
+        options(parser, *argv)
+    assert "--default-vector-fade-in" in str(refusal.value)
 
 
 def test_gaussian_start_excludes_bias_correction(parser: argparse.ArgumentParser) -> None:
