@@ -7,10 +7,8 @@ in place where there is no GPU, and `checkpoint_worker` the part that a checkpoi
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import pkgutil
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -38,9 +36,6 @@ driver raises OSError, where Megatron catches ImportError; where its import work
 its kernels, also from modules of its own."""
 
 _originals: dict[str, Any] = {}
-
-_PR_SET_PDEATHSIG = 1
-"""Of Linux' ``prctl``: the signal a process gets when its parent dies."""
 
 
 def in_place() -> bool:
@@ -86,10 +81,6 @@ def prepare_checkpoint_worker() -> Callable[..., None]:
 
 def checkpoint_worker(*args: Any, **kwargs: Any) -> None:
     """For the loop of the writer's own process, which starts without any replacement."""
-    if sys.platform == "linux":
-        # A rank that is killed cannot end its writer, which would wait for work for ever.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
     loop = prepare_checkpoint_worker()
     loop(*args, **kwargs)
 

@@ -86,6 +86,18 @@ PATCHES = (
         wrap="megatron_default_moe.checkpoint.safe_pickle:with_safe_state",
         reason="torch would execute what the pickles of a checkpoint's arguments and states name",
     ),
+    Patch(
+        owner="multiprocessing.process:BaseProcess",
+        attribute="start",
+        wrap="megatron_default_moe.loop.children:with_starter_named",
+        reason="the next row has to know which kind of thread starts a process",
+    ),
+    Patch(
+        owner="multiprocessing.process:BaseProcess",
+        attribute="_bootstrap",
+        wrap="megatron_default_moe.loop.children:with_parent_watched",
+        reason="a rank that is killed leaves its checkpoint writer and others behind for good",
+    ),
 )
 """In place from ``install`` to ``uninstall``."""
 

@@ -1,10 +1,10 @@
 """What a run survives: killed ranks, interrupted and failing saves, numbers that are not finite.
 
 Contract: after kill -9 of any rank at any moment, the restarted run repeats and continues the
-uninterrupted one to the last bit, losses and vectors; the checkpoint that is named the latest is
-whole at every moment; NaN and Inf never reach the vectors; a step that is run again counts once; a
-full disk ends the run and leaves the old checkpoint. ``make test`` kills twice, ``-m full`` twenty
-times; docs/results/faults.md has the numbers.
+uninterrupted one to the last bit, losses and vectors, and no process of a killed rank stays; the
+checkpoint that is named the latest is whole at every moment; NaN and Inf never reach the vectors; a
+step that is run again counts once; a full disk ends the run and leaves the old checkpoint. ``make
+test`` kills twice, ``-m full`` twenty times; docs/results/faults.md has the numbers.
 """
 
 import os
@@ -71,6 +71,18 @@ def _command_line(pid: int) -> bytes:
         return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def left_of(folder: pathlib.Path) -> list[str]:
+    """Command lines of the processes of a run, whoever their parent is now."""
+    mark, found = f"RECORD={folder}.steps".encode(), []
+    for process in pathlib.Path("/proc").iterdir():
+        try:
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(_command_line(int(process.name)).decode())
+        except (OSError, ValueError):
+            continue
+    return [line for line in found if line]
 
 
 def latest_is_whole(folder: pathlib.Path) -> bool:
@@ -143,6 +155,10 @@ def test_a_killed_run_goes_on_to_the_bit(
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
+    limit = time.monotonic() + 10
+    while left_of(folder) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert left_of(folder) == [], "children of killed ranks"
     for rank in (0, 1):
         lines = lines_of(folder, rank)
         assert {line[0] for line in lines} == set(whole)
