@@ -5,6 +5,9 @@ dropout), sets every default vector to the mean output S/N of its expert over al
 the checkpoint again with the vectors in it: weights, optimizer, iteration and data position as they
 were. What is summed, and how, is what training sums (``DefaultMoERouter``).
 
+All of the vectors at once make a model worse that was trained without them: the loss of the same
+batches is printed both ways, and the checkpoint says that they come in over ``FADE_IN`` steps.
+
 Upcycling a dense checkpoint is refused (``options/support.py``): its experts start as copies of one
 another and have nothing to tell apart.
 """
@@ -33,8 +36,9 @@ def run(argv: list[str]) -> None:
     own = argparse.ArgumentParser(
         usage="default-moe calibrate FLAGS --load TOPK --save NEW [--calibration-batches 50]",
         description="Give the TopK checkpoint TOPK default vectors and save it as NEW.",
-        epilog="FLAGS are those of the training run: default-moe pretrain --help shows them. On"
-        " several ranks: torchrun ... -m megatron_default_moe calibrate FLAGS ...",
+        epilog="FLAGS are those of the training run, but its schedule, which is the checkpoint's:"
+        " default-moe pretrain --help shows them. On several ranks: torchrun ... -m"
+        " megatron_default_moe calibrate FLAGS ...",
         allow_abbrev=False,
     )
     own.add_argument(
@@ -47,17 +51,68 @@ def run(argv: list[str]) -> None:
     if chosen.calibration_batches < 1:
         raise UserError("--calibration-batches must be at least 1 (50 by default)")
     # Megatron asks for an interval with --save; the one save here is not by interval.
-    args, options = command_line.prepare([*argv, "--save-interval", "1"])
+    args, options = command_line.prepare([*argv, "--save-interval", "1"], _stand_in_schedule)
     _check(args, options)
+    _take_schedule(args)
     _as_one_evaluation(args)
     from megatron_default_moe.loop import entry
 
     # beta 0: one update sets a vector to the mean of what was summed.
     options = dataclasses.replace(
-        options, from_baseline=True, init="zeros", order="after-use", beta=0.0
+        options, from_baseline=True, init="zeros", order="after-use", beta=0.0, in_eval=True
     )
     options = entry.start(args, options)
-    _calibrate(args, command_line.build_model_config(args, options), chosen.calibration_batches)
+    if not options.from_baseline:
+        raise UserError(
+            f"--load {args.load} has default vectors already: train on from it, or name the TopK"
+            " checkpoint that it came from"
+        )
+    model_config = command_line.build_model_config(args, options)
+    _calibrate(args, options, model_config, chosen.calibration_batches)
+
+
+SCHEDULE_ARGS = (
+    *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "train_iters", "train_samples"),
+    *("lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
+    *("lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+    *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+"""Megatron's arguments that nothing here depends on, but the loading of the optimizer's state."""
+
+
+def _stand_in_schedule(parsed: argparse.Namespace) -> list[str]:
+    """Flags that Megatron asks for; :func:`_take_schedule` puts the checkpoint's in their place."""
+    flags = []
+    if not (parsed.train_iters or parsed.train_samples):
+        warmup = parsed.lr_warmup_samples
+        flags += ["--train-samples" if warmup else "--train-iters", str(2**30)]
+    if parsed.lr is None:
+        flags += ["--lr", str(parsed.min_lr or 1.0)]
+    return flags
+
+
+def _take_schedule(args: Any) -> None:
+    """Go on with the schedule of the run that saved the checkpoint, whatever is given here."""
+    from megatron_default_moe.checkpoint import on_disk
+
+    folder = on_disk.folder_of(args.load, args.ckpt_step)
+    assert folder is not None
+    try:
+        saved = on_disk.common_state(folder).get("args")
+    except Exception:
+        saved = None  # Another format, or damaged: what is given counts, and the entry checks it.
+    for name in SCHEDULE_ARGS:
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+    if args.train_samples:
+        args.train_iters = None  # Megatron had set it from the samples.
+    if args.train_iters == 2**30 or args.train_samples == 2**30:
+        raise UserError(
+            f"--load {args.load} does not say what schedule its run had: give that run's --lr,"
+            " --train-iters and the other flags of its schedule"
+        )
+    args.override_opt_param_scheduler, args.use_checkpoint_opt_param_scheduler = False, True
 
 
 def _as_one_evaluation(args: Any) -> None:
@@ -76,7 +131,8 @@ def _check(args: Any, options: Any) -> None:
     for flag, path in (("--load", args.load), ("--save", args.save)):
         if "://" in str(path or ""):
             raise UserError(f"{flag} {path} is not a directory: calibration needs a local one")
-    if not args.load or on_disk.folder_of(args.load, args.ckpt_step) is None:
+    folder = on_disk.folder_of(args.load, args.ckpt_step) if args.load else None
+    if folder is None:
         raise UserError(f"--load {args.load} names no checkpoint: name that of the TopK model")
     if not args.save:
         raise UserError("--save is missing: name a new directory for the checkpoint with vectors")
@@ -84,7 +140,7 @@ def _check(args: Any, options: Any) -> None:
         raise UserError(f"--save {args.save} already holds checkpoints: name a new directory")
 
 
-def _calibrate(args: Any, model_config: Any, batches: int) -> None:
+def _calibrate(args: Any, options: Any, model_config: Any, batches: int) -> None:
     import torch
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -115,16 +171,22 @@ def _calibrate(args: Any, model_config: Any, batches: int) -> None:
         ahead = args.consumed_train_samples + batches * args.global_batch_size
         args.train_samples = max(args.train_samples, ahead)
     routers = list(optimizer_step.routers(model))
+
+    def losses() -> dict[str, Any]:
+        """The same batches every time."""
+        found, *_ = training.evaluate(
+            gpt_data.forward_step,
+            _iterators(args, model_config, len(model)),
+            model,
+            None,
+            model_config.transformer,
+            eval_iters=batches,
+        )
+        return dict(found)
+
     for router in routers:
         router.calibrating = True
-    losses, *_ = training.evaluate(
-        gpt_data.forward_step,
-        _iterators(args, model_config, len(model)),
-        model,
-        None,
-        model_config.transformer,
-        eval_iters=batches,
-    )
+    without = losses()
     for router in routers:
         router.calibrating = False
     optimizer_step.reduce_step_sums(model)
@@ -136,10 +198,15 @@ def _calibrate(args: Any, model_config: Any, batches: int) -> None:
     torch.distributed.all_reduce(untouched, group=groups.pp)
     for router in routers:
         router.settle()
+        router.count_fade_in_from(options.fade_in)  # all of them
+    at_once = losses() if options.in_forward else without
+    for router in routers:
+        router.count_fade_in_from(0)
     args.train_iters, args.train_samples, args.consumed_valid_samples = before
     flops = args.num_floating_point_operations_so_far
     save_checkpoint(args.iteration, model, optimizer, scheduler, flops)
-    _report(args, batches, losses, int(untouched))
+    _report(args, batches, without, at_once)
+    _advise(args, options, int(untouched))
 
 
 def _iterators(args: Any, model_config: Any, num_chunks: int) -> Any:
@@ -159,14 +226,32 @@ def _iterators(args: Any, model_config: Any, num_chunks: int) -> Any:
     return found
 
 
-def _report(args: Any, batches: int, losses: Any, untouched: int) -> None:
+def _report(args: Any, batches: int, without: dict[str, Any], at_once: dict[str, Any]) -> None:
     from megatron.training.utils import print_rank_last
 
-    loss = "".join(f", {name} {float(value):.4f}" for name, value in losses.items())
+    loss = "".join(
+        f", {name} {float(value):.4f} without the vectors and {float(at_once[name]):.4f} with all"
+        " of them at once"
+        for name, value in without.items()
+    )
     print_rank_last(
         f"> calibrated on {batches} batches of {args.global_batch_size} sequences{loss}; saved to"
         f" {args.save} at iteration {args.iteration}"
     )
+
+
+def _advise(args: Any, options: Any, untouched: int) -> None:
+    from megatron.training.utils import print_rank_last
+
+    if options.fade_in:
+        print_rank_last(
+            f"> go on with --load {args.save}: the vectors come into the forward over"
+            f" {options.fade_in} steps, as the checkpoint says (--default-vector-fade-in)"
+        )
+    elif options.in_forward:
+        print_rank_last(
+            "> --default-vector-fade-in 0: training on from it begins with all of them at once"
+        )
     if untouched:
         print_rank_last(
             f"> {untouched} experts got no token and keep a vector of zero: raise"

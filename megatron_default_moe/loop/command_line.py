@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_default_moe import errors
@@ -110,11 +110,14 @@ def build_model_config(args: Any, options: Any) -> Any:
         raise UserError(f"Megatron refuses these arguments: {reason_of(error)}") from error
 
 
-def prepare(argv: list[str]) -> tuple[Any, Any]:
+def prepare(
+    argv: list[str], complete: Callable[[argparse.Namespace], list[str]] | None = None
+) -> tuple[Any, Any]:
     """Make this process ready for Megatron, and let it parse and validate the command line.
 
     Args:
         argv: the command line, without the program's name.
+        complete: returns flags to add, of what is given; called before anything is checked.
 
     Returns:
         Megatron's arguments and this package's options.
@@ -135,6 +138,8 @@ def prepare(argv: list[str]) -> tuple[Any, Any]:
     check_version()
     parser = build_parser()
     argv = expand_config(parser, argv)
+    if complete is not None:
+        argv = [*argv, *complete(parser.parse_args(argv))]
     if on_cpu:
         argv, chosen = flag_choices.apply(parser, argv)
         say(f"chosen for the CPU: {' '.join(chosen)}")
