@@ -18,7 +18,8 @@ class UserError(ValueError):
 
 def rank() -> int:
     """This process's number in its run, as torchrun gives it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    number = os.environ.get("RANK", "0")
+    return int(number) if number.isdigit() else 0
 
 
 def report(error: UserError) -> int:

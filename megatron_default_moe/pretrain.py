@@ -70,7 +70,7 @@ def _pretrain(args: Any, model_config: Any) -> None:
             gpt_data.datasets_provider(model_config.transformer),
             ModelType.encoder_or_decoder,
             gpt_data.forward_step,
-            store=restarts.store_of_this_attempt() if store is None else store,
+            store=restarts.meeting_store(args) if store is None else store,
             get_embedding_ranks=gpt_data.embedding_ranks(model_config.transformer),
             **training.callback_arguments(pretrain),
         )

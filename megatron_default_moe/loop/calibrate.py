@@ -155,7 +155,7 @@ def _calibrate(args: Any, options: Any, model_config: Any, batches: int) -> None
     training.initialize_megatron(
         get_embedding_ranks=gpt_data.embedding_ranks(model_config.transformer),
         get_position_embedding_ranks=None,
-        store=restarts.store_of_this_attempt(),
+        store=restarts.meeting_store(args),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model, optimizer, scheduler = training.setup_model_and_optimizer(

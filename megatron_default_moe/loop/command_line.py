@@ -17,6 +17,7 @@ from typing import Any
 from megatron_default_moe import errors
 from megatron_default_moe.cpu import flag_choices, runtime
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.machine import ranks
 from megatron_default_moe.machine.versions import check_version
 from megatron_default_moe.options import layout, support
 from megatron_default_moe.options.config import (
@@ -36,13 +37,6 @@ def say(line: str) -> None:
     """Print one line of our own, once per run."""
     if errors.rank() == 0:
         print(f"> {line}", flush=True)
-
-
-def _single_process_environment() -> None:
-    """Without torchrun, be a run of one process (and let the system choose the port)."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def quiet_expected_warnings() -> None:
@@ -125,8 +119,10 @@ def prepare(
     Raises:
         UserError: a mistake in the flags or files.
     """
-    _single_process_environment()
+    ranks.prepare()
     on_cpu = runtime.needed()
+    if on_cpu:
+        ranks.refuse_broken_gpu(os.environ)
     if on_cpu or errors.rank() != 0:
         quiet_expected_warnings()
     if on_cpu:
@@ -156,10 +152,10 @@ def prepare(
 
 def _refuse_layout(args: argparse.Namespace, options: RouterGradientConfig) -> None:
     """Refuse what does not divide, in the words of a plan, before Megatron starts."""
-    ranks = int(os.environ["WORLD_SIZE"])
+    count = int(os.environ["WORLD_SIZE"])
     if args.inprocess_restart and args.inprocess_active_world_size:
-        ranks = args.inprocess_active_world_size
-    fault = layout.fault(Settings(args, options), ranks)
+        count = args.inprocess_active_world_size
+    fault = layout.fault(Settings(args, options), count)
     if fault is not None:
         raise UserError(f"{fault}: default-moe plan names the nearest layout that works")
 
@@ -168,11 +164,11 @@ def _refuse_ranks_without_gpu(environment: Mapping[str, str]) -> None:
     """Such a rank ends in 'invalid device ordinal', and the others in whatever that leads to."""
     import torch
 
-    ranks, gpus = int(environment.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    count, gpus = int(environment.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     # Only under torchrun, whose ranks all see the node's GPUs and take the one of their number.
-    if ranks > gpus and "TORCHELASTIC_RUN_ID" in environment:
+    if count > gpus and "TORCHELASTIC_RUN_ID" in environment:
         raise UserError(
-            f"torchrun starts {ranks} ranks on a node with {gpus} GPUs: --nproc-per-node {gpus}"
+            f"torchrun starts {count} ranks on a node with {gpus} GPUs: --nproc-per-node {gpus}"
             f" (with examples/launch/torchrun.sh: PROCESSES_PER_NODE={gpus})"
         )
 

@@ -2,16 +2,22 @@
 
 Contract: every parallel layout trains; norm weights stay equal over tensor-parallel ranks under
 sequence parallelism; an overflow in fp16 is a skipped step; recomputation changes no bit; a run
-resumed from any kind of checkpoint continues with the identical losses and gradient norms.
+resumed from any kind of checkpoint continues with the identical losses and gradient norms. Ranks
+with and without a GPU end before they build process groups.
 """
 
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
 
 import pytest
-from launching import HERE, torchrun
+from launching import HERE, ROOT, torchrun
 
 pytestmark = pytest.mark.launch
 
@@ -190,3 +196,38 @@ def test_async_checkpoint_holds_the_step_it_was_taken_at(more_runs: Runs):
     ):
         assert first == whole
         assert second == whole[2:]
+
+
+SCRIPT = """
+import os, sys, types
+from megatron_default_moe import pretrain
+from megatron_default_moe.loop import restarts
+# The second rank takes itself for one with a GPU, when it is asked.
+restarts.runtime = types.SimpleNamespace(needed=lambda: os.environ["RANK"] == "0")
+sys.exit(pretrain.main(sys.argv[1:]))
+"""
+
+
+def test_a_run_of_two_kinds_ends_before_its_process_groups() -> None:
+    """Two processes without torchrun: the store is one of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    given: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    given |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *TINY],
+            env=given | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert outputs[0][1].count("error: rank 0 has the CPU") == 1
+    assert "rank 1 has a GPU" in outputs[0][1]
+    assert "initializing torch distributed" not in outputs[0][0]
+    assert not any("Traceback" in said for output in outputs for said in output)

@@ -28,9 +28,14 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(3600)]
 EP2 = [*TINY, "--expert-model-parallel-size", "2"]
 MANY = [*EP2, "--train-iters", "120"]
 SAVING = ["--save-interval", "3", "--moe-router-topk", "2"]
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore".split()
 
 
 def command(folder: pathlib.Path, restarts: int, extra: list[str]) -> list[str]:
+    if "--alone" in extra:  # No torchrun, which ends the children of the ranks that it started.
+        extra = [flag for flag in extra if flag != "--alone"]
+        flags = [*MANY, *SAVING, *extra, "--expert-model-parallel-size", "1"]
+        return [sys.executable, str(HERE / "recorded_pretrain.py"), *flags, "--save", str(folder)]
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("--max-restarts", str(restarts), str(HERE / "recorded_pretrain.py")),
@@ -85,6 +90,14 @@ def left_of(folder: pathlib.Path) -> list[str]:
     return [line for line in found if line]
 
 
+def nothing_stays_of(folder: pathlib.Path) -> bool:
+    """Whether all processes of a run that is over end within ten seconds."""
+    limit = time.monotonic() + 10
+    while left_of(folder) and time.monotonic() < limit:
+        time.sleep(0.1)
+    return not left_of(folder)
+
+
 def latest_is_whole(folder: pathlib.Path) -> bool:
     """Whether the checkpoint that a restart would load is complete (or there is none yet)."""
     latest = on_disk.folder_of(folder)
@@ -136,7 +149,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         pytest.param(2, [], id="2"),
         pytest.param(20, [], id="20", marks=pytest.mark.full),
         pytest.param(
-            *(6, "--async-save --use-persistent-ckpt-worker --async-strategy mcore".split()),
+            *(6, ASYNC),
             id="6-async",
             marks=pytest.mark.full,
         ),
@@ -155,10 +168,7 @@ def test_a_killed_run_goes_on_to_the_bit(
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
-    limit = time.monotonic() + 10
-    while left_of(folder) and time.monotonic() < limit:
-        time.sleep(0.1)
-    assert left_of(folder) == [], "children of killed ranks"
+    assert nothing_stays_of(folder)
     for rank in (0, 1):
         lines = lines_of(folder, rank)
         assert {line[0] for line in lines} == set(whole)
@@ -167,6 +177,24 @@ def test_a_killed_run_goes_on_to_the_bit(
     repeated = len(lines_of(folder, 0)) - len(whole)
     print(f"{kills} kills, {repeated} steps run again, all {len(whole)} steps equal to the bit")
     assert pathlib.Path(f"{folder}.log").read_text().count("no CUDA device") == kills + 1
+
+
+def test_what_a_killed_process_started_ends_with_it(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "run"
+    launcher = start(folder, extra=["--alone", *ASYNC])
+    try:
+        limit = time.monotonic() + 120
+        while not (folder / on_disk.TRACKER).exists():
+            assert launcher.poll() is None, pathlib.Path(f"{folder}.log").read_text()[-3000:]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        # The writer, the manager of its results and the tracker of what they share.
+        assert len(left_of(folder)) >= 4
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+        assert nothing_stays_of(folder), left_of(folder)
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL) if left_of(folder) else None
 
 
 @pytest.fixture(scope="module")
