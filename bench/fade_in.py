@@ -33,7 +33,7 @@ ARMS = {
     "calibrated, at once": ("calibrated", "--default-vector-fade-in", "0"),
 }
 """The checkpoint to go on from, and flags."""
-_LOSS = re.compile(r"validation loss at iteration (\d+) on .*?lm loss value: ([\d.E+-]+)")
+_LOSS = re.compile(r"validation loss at iteration (\d+)[^|]*\| lm loss value: ([\d.E+-]+)")
 
 
 def flags(folder: pathlib.Path, seed: int) -> list[str]:
@@ -65,8 +65,8 @@ def run(log: pathlib.Path, *command: str) -> str:
 
 
 def losses(text: str) -> dict[int, float]:
-    """Validation losses in a log, by step."""
-    return {int(step): float(loss) for step, loss in _LOSS.findall(text)}
+    """Validation losses in a log, by step; of the last, before and after the end, the first."""
+    return {int(step): float(loss) for step, loss in reversed(_LOSS.findall(text))}
 
 
 def measure(folder: pathlib.Path, seed: int) -> dict[str, list[float]]:

@@ -90,14 +90,15 @@ def start(args: Any, options: RouterGradientConfig) -> RouterGradientConfig:
     args.default_vector_fade_in = options.fade_in
     checks.prepare_save(args)
     patches.install()
-    set_moe_metrics_tracker(_tracker(args))
+    set_moe_metrics_tracker(_tracker(args, options))
     return options
 
 
-def _tracker(args: Any) -> RouterMetricsTracker:
+def _tracker(args: Any, options: RouterGradientConfig) -> RouterMetricsTracker:
     iterations = args.train_iters or args.train_samples // args.global_batch_size
     return RouterMetricsTracker(
         log_interval=args.log_interval,
         num_experts=args.num_experts,
         progress=Progress(iterations, lambda: args.consumed_train_samples * args.seq_length),
+        has_vectors=options.uses_default_vectors,
     )

@@ -68,6 +68,13 @@ PATCHES = (
         "has no hook there (gradient finalisation runs before it, and again in a rerun)",
     ),
     Patch(
+        owner="megatron.training.training",
+        attribute="evaluate_and_print_results",
+        wrap="megatron_default_moe.loop.tracker:with_evaluations_named",
+        reason="the loss of the test set would be logged as validation loss, and two validation "
+        "losses of the last step by one name",
+    ),
+    Patch(
         owner="megatron.core.optimizer.optimizer:ChainedOptimizer",
         attribute="load_state_dict",
         wrap="megatron_default_moe.loop.optimizer_layout:with_regrouped_state",

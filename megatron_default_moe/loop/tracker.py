@@ -5,9 +5,13 @@ in ``step_metrics``; Megatron calls ``report`` after every step, so nothing is p
 steps one small all-reduce over the pipeline gathers all layers; on other steps it costs nothing.
 """
 
+import contextlib
 import datetime
+import functools
+import inspect
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +20,9 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from torch import Tensor
 
 from megatron_default_moe.layers.layer_metrics import NAMES, SUMMED
+
+OF_VECTORS = "default-vector "
+"""How the names of those metrics begin that only a model with default vectors has."""
 
 
 class MeteredRouter(Protocol):
@@ -58,9 +65,15 @@ class Progress:
 class RouterMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker, with the router metrics, the tokens and the time left."""
 
-    def __init__(self, *, log_interval: int, num_experts: int, progress: Progress) -> None:
-        """Report every ``log_interval`` steps on routers with ``num_experts`` experts."""
+    def __init__(
+        self, *, log_interval: int, num_experts: int, progress: Progress, has_vectors: bool = True
+    ) -> None:
+        """Report every ``log_interval`` steps on routers with ``num_experts`` experts.
+
+        Without default vectors (``has_vectors``) nothing is reported of them.
+        """
         super().__init__()
+        self.names = [name for name in NAMES if has_vectors or not name.startswith(OF_VECTORS)]
         self.log_interval = log_interval
         self.num_experts = num_experts
         self.progress = progress
@@ -114,7 +127,7 @@ class RouterMetricsTracker(MoEMetricsTracker):
         rows = [row[1:] for row in table if row[0]]
         if not rows:
             return {}
-        totals = {name: sum(row[i] for row in rows) for i, name in enumerate(NAMES)}
+        totals = {name: sum(row[NAMES.index(name)] for row in rows) for name in self.names}
         return {
             name: total if name in SUMMED else total / len(rows) for name, total in totals.items()
         }
@@ -124,8 +137,77 @@ class RouterMetricsTracker(MoEMetricsTracker):
         scalars: dict[str, float] = {}
         for layer, (present, *values) in enumerate(table):
             if present:
-                for i, name in enumerate(NAMES):
-                    scalars[f"moe/{name}_layer_{layer}"] = values[i]
+                for name in self.names:
+                    scalars[f"moe/{name}_layer_{layer}"] = values[NAMES.index(name)]
                 for expert, load in enumerate(values[len(NAMES) :]):
                     scalars[f"load/layer_{layer}/expert_{expert}"] = load
         return scalars
+
+
+class _Renaming:
+    """A writer of TensorBoard's or W&B's that writes what is called validation by another name."""
+
+    def __init__(self, writer: Any, name: str) -> None:
+        self._writer, self._name = writer, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._writer, attribute)
+
+    def _renamed(self, tag: str) -> str:
+        return tag.replace(" validation", f" {self._name}", 1)
+
+    def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        self._writer.add_scalar(self._renamed(tag), *args, **kwargs)
+
+    def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._writer.log(
+            {self._renamed(tag): value for tag, value in values.items()}, *args, **kwargs
+        )
+
+
+@contextlib.contextmanager
+def _writers_renaming(function: Callable[..., Any], name: str) -> Iterator[None]:
+    """Let this function of Megatron's find writers that rename."""
+    names = vars(sys.modules[function.__module__])
+    originals = {getter: names[getter] for getter in ("get_tensorboard_writer", "get_wandb_writer")}
+
+    def renaming(getter: Callable[[], Any]) -> Any:
+        writer = getter()
+        return writer and _Renaming(writer, name)
+
+    try:
+        for key, getter in originals.items():
+            names[key] = functools.partial(renaming, getter)
+        yield
+    finally:
+        names.update(originals)
+
+
+def with_evaluations_named(evaluate_and_print_results: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's evaluation: what it measures is logged by a name of its own.
+
+    Megatron logs the loss of the test set as validation loss too, and so the second evaluation of
+    the last step, on other batches, where ``--eval-interval`` has it evaluated already.
+
+    Args:
+        evaluate_and_print_results: upstream's function.
+    """
+    from megatron.training.global_vars import get_args
+
+    signature = inspect.signature(evaluate_and_print_results)
+
+    @functools.wraps(evaluate_and_print_results)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        prefix, iteration = arguments["prefix"], arguments["iteration"]
+        interval, loaded = get_args().eval_interval, get_args().iteration
+        name = "validation"
+        if prefix.endswith("on test set"):
+            name = "test"
+        elif prefix.endswith("on validation set") and interval:
+            again = iteration > loaded and iteration % interval == 0
+            name = "validation after training" if again else name
+        with _writers_renaming(evaluate_and_print_results, name):
+            return evaluate_and_print_results(*args, **kwargs)
+
+    return named

@@ -9,7 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from megatron_default_moe.report.scalars import TRAIN_LOSS, VALIDATION_LOSS, Scalars, Series
+from megatron_default_moe.report.scalars import (
+    TEST_LOSS,
+    TRAIN_LOSS,
+    VALIDATION_LOSS,
+    Scalars,
+    Series,
+)
 
 MAX_LAYERS = 8
 """Load panels drawn; of a deeper model, layers spread evenly over the depth."""
@@ -39,7 +45,9 @@ def plot_loss(scalars: Scalars, path: Path) -> None:
         axes.annotate(
             f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 6), textcoords="offset points", ha="right"
         )
-    if train or validation:
+    if test := scalars.series.get(TEST_LOSS, {}):
+        axes.plot(*_points(scalars, test, scale), "s", color="tab:green", label="test")
+    if train or validation or test:
         axes.legend()
     else:
         _absent(axes, f"no scalar '{TRAIN_LOSS}'")
@@ -49,15 +57,21 @@ def plot_loss(scalars: Scalars, path: Path) -> None:
 
 
 def plot_experts(scalars: Scalars, path: Path) -> None:
-    """Draw the load of every expert, a panel per layer, above the default-vector norms."""
+    """Draw the load of every expert, a panel per layer, above the default-vector norms.
+
+    A TopK run has no default vectors, and no panel of them.
+    """
     loads = _loads(scalars)
     layers = sorted(loads)
     if len(layers) > MAX_LAYERS:
         layers = [layers[round(i)] for i in np.linspace(0, len(layers) - 1, MAX_LAYERS)]
     columns = min(4, max(1, len(layers)))
     rows = -(-max(1, len(layers)) // columns)
-    figure = Figure(figsize=(max(8.0, 3.2 * columns), 2.6 * rows + 3.6), layout="constrained")
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1.0] * rows + [1.3])
+    norms = _norms(scalars)
+    height = 2.6 * rows + (3.6 if norms else 0.6)
+    figure = Figure(figsize=(max(8.0, 3.2 * columns), height), layout="constrained")
+    ratios = [1.0] * rows + ([1.3] if norms else [])
+    grid = figure.add_gridspec(len(ratios), columns, height_ratios=ratios)
     scale, label = _x_axis(scalars)
 
     panels: list[Axes] = []
@@ -76,14 +90,15 @@ def plot_experts(scalars: Scalars, path: Path) -> None:
         bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.01, extend="max")
         bar.set_label("load / fair share (1 is balanced)")
 
-    axes = figure.add_subplot(grid[rows, :])
-    _draw_norms(axes, scalars, scale)
-    axes.set(
-        title="Default vectors: mean norm over the experts of each layer",
-        xlabel=label,
-        ylabel="mean norm",
-    )
-    axes.grid(alpha=0.3)
+    if norms:
+        axes = figure.add_subplot(grid[rows, :])
+        _draw_norms(axes, scalars, norms, scale)
+        axes.set(
+            title="Default vectors: mean norm over the experts of each layer",
+            xlabel=label,
+            ylabel="mean norm",
+        )
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
@@ -110,25 +125,28 @@ def _draw_load(axes: Axes, scalars: Scalars, load: dict[int, Series], scale: flo
     return image
 
 
-def _draw_norms(axes: Axes, scalars: Scalars, scale: float) -> None:
-    norms = {
+def _norms(scalars: Scalars) -> dict[str, Series]:
+    """Norms of the default vectors by layer, or their mean; nothing of a run without them."""
+    layers = {
         int(match[1]): series
         for tag, series in scalars.series.items()
         if (match := _NORM.fullmatch(tag))
     }
-    names = {layer: f"layer {layer}" for layer in norms}
+    norms = {f"layer {layer}": layers[layer] for layer in sorted(layers)}
     if not norms and (mean := scalars.series.get("default-vector norm")):
-        norms, names = {0: mean}, {0: "mean over layers"}
-    if not norms:
-        _absent(axes, "no scalars 'moe/default-vector norm_layer_L' (see --moe-per-layer-logging)")
-        return
+        norms = {"mean over layers": mean}
+    # TopK runs of earlier versions logged zeros.
+    return norms if any(any(series.values()) for series in norms.values()) else {}
+
+
+def _draw_norms(axes: Axes, scalars: Scalars, norms: dict[str, Series], scale: float) -> None:
     # Imported here: pyplot is the only home of the colour map registry that is typed.
     from matplotlib import colormaps
 
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(norms)))
-    for color, layer in zip(colors, sorted(norms), strict=True):
-        x, y = _points(scalars, norms[layer], scale)
-        axes.plot(x, y, color=color, linewidth=1.6, label=names[layer])
+    for color, (name, series) in zip(colors, norms.items(), strict=True):
+        x, y = _points(scalars, series, scale)
+        axes.plot(x, y, color=color, linewidth=1.6, label=name)
     axes.set_ylim(bottom=0)
     axes.legend(ncols=-(-len(norms) // 8))
 

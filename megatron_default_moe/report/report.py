@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_default_moe.report.scalars import (
     STEP_SECONDS,
+    TEST_LOSS,
     TOKENS,
     TRAIN_LOSS,
     VALIDATION_LOSS,
@@ -76,7 +77,7 @@ def summary(run_dir: Path) -> str:
     for name, what in {
         "metrics.csv": "every logged number, a row per step",
         "loss.png": "train and validation loss against tokens",
-        "experts.png": "load per expert and default-vector norms per layer over time",
+        "experts.png": "load per expert, and default-vector norms per layer, over time",
         "tensorboard": "the events behind them",
     }.items():
         if (run_dir / name).exists():
@@ -103,9 +104,10 @@ def _results(path: Path) -> list[str]:
         )
         if last["tokens"]:
             lines[-1] += f" Tokens: {int(last['tokens']):,}."
-    if validation := column(VALIDATION_LOSS):
-        row, loss = validation[-1]
-        lines.append(f"Validation loss {loss:.3f} at step {row['step']}.")
+    for what, tag in (("Validation", VALIDATION_LOSS), ("Test", TEST_LOSS)):
+        if measured := column(tag):
+            row, loss = measured[-1]
+            lines.append(f"{what} loss {loss:.3f} at step {row['step']}.")
     seconds = [value for _, value in column(STEP_SECONDS)]
     if seconds and train and train[-1][0]["tokens"]:
         step_seconds = median(seconds)

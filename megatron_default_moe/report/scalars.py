@@ -8,6 +8,7 @@ training that was given up.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ Series = dict[int, float]
 
 TRAIN_LOSS = "lm loss"
 VALIDATION_LOSS = "lm loss validation"
+TEST_LOSS = "lm loss test"
 TOKENS = "consumed tokens"
 STEP_SECONDS = "iteration-time"
 
@@ -91,10 +93,24 @@ def _event_files(folder: Path) -> list[dict[str, Series]]:
         # Never purge: several tags restart at lower steps legitimately, and tags are merged above.
         reader = EventAccumulator(str(path), {"scalars": 0}, purge_orphaned_data=False).Reload()
         tags = [tag for tag in reader.Tags()["scalars"] if not tag.endswith(" vs samples")]
-        scalars: dict[str, Series] = {
-            tag: {event.step: event.value for event in reader.Scalars(tag)} for tag in tags
-        }
+        scalars = {tag: _series(reader.Scalars(tag)) for tag in tags}
         if scalars:
             begun = min(reader.Scalars(tag)[0].wall_time for tag in tags)
             found.append((begun, path.name, scalars))
     return [scalars for *_, scalars in sorted(found, key=lambda item: item[:2])]
+
+
+def _series(events: list[Any]) -> Series:
+    """One tag of one process, by step.
+
+    Of several values at a step the first counts: after it Megatron may have logged the loss on
+    other batches, or on the test set, by the same name. What was given up and trained again (a
+    restart inside the process) comes later, and counts.
+    """
+    series: Series = {}
+    before = None
+    for event in events:
+        if event.step != before:
+            series[event.step] = event.value
+        before = event.step
+    return series

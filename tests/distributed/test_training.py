@@ -95,8 +95,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         # The checkpoint knows.
         "fading-second-half": [*EP2, "--load", str(out / "fading")],
     }
+    cases["evaluated"] = [
+        *(*EP2, "--moe-router-gradient", "topk", "--split", "8,1,1", "--eval-iters", "1"),
+        *("--eval-interval", "4", "--tensorboard-dir", str(out / "evaluated")),
+    ]
     listed = {name: {"argv": argv, "stock": name == "stock"} for name, argv in cases.items()}
-    return {**record(out, 2, listed), "events": out / "tensorboard", "saved": out / "baseline"}
+    folders = {"events": out / "tensorboard", "evaluations": out / "evaluated"}
+    return {**record(out, 2, listed), **folders, "saved": out / "baseline"}
 
 
 def losses(ranks: list[dict[str, Any]]) -> list[float]:
@@ -209,6 +214,24 @@ def test_a_fade_in_changes_the_loss_from_its_second_step_on(runs: dict[str, Any]
     whole, fading = losses(runs["ep2"]), losses(runs["fading"])
     assert whole[0] == fading[0]
     assert whole[1] != fading[1]
+
+
+def test_every_evaluation_has_its_own_name_and_topk_no_metrics_of_vectors(
+    runs: dict[str, Any],
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs["evaluations"])).Reload()
+    steps = {
+        tag: [event.step for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if "validation" in tag or "test" in tag or "default-vector" in tag
+    }
+    ours = {tag: found for tag, found in steps.items() if not tag.endswith("vs samples")}
+    after = "lm loss validation after training"
+    assert ours == {"lm loss validation": [4, 8], after: [8], "lm loss test": [8]}
+    values = [events.Scalars(tag)[-1].value for tag in ours]
+    assert len({*values}) == 3
 
 
 def test_a_plain_checkpoint_needs_the_flag_that_says_so(runs: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from building import train_step
-from layer_reference import reference, tokens
+from layer_reference import record_routing, reference, tokens
 
 from megatron_default_moe.layers.layer_metrics import NAMES, SUMMED
 from megatron_default_moe.loop import tracker
@@ -72,7 +72,29 @@ def test_topk_logs_its_load_too(new_layer: Any) -> None:
     values = logged(layer.router)
     assert values["router entropy"] > 0
     assert values["load max/mean"] >= 1
-    assert values["default-vector norm"] == values["default-vector share"] == 0
+    tracker = RouterMetricsTracker(
+        log_interval=1, num_experts=5, progress=Progress(2, lambda: 0), has_vectors=False
+    )
+    row = [[1.0, *layer.router.step_metrics.tolist()]]
+    assert {*tracker._scalars(row)} == {"router entropy", "load max/mean", "dead experts"}
+    assert not [name for name in tracker._per_layer(row) if "default-vector" in name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_share_is_as_exact_in_bfloat16(new_layer: Any, dtype: torch.dtype) -> None:
+    """It is taken from the term itself, of which a bf16 output keeps little or nothing."""
+    layer = new_layer(moe_router_topk=1)
+    layer.to(dtype)
+    vectors_ED = torch.randn(5, 12, generator=torch.Generator().manual_seed(4)) * 2e-8
+    layer.router.default_vectors.copy_(vectors_ED)
+    layer.router.collects_details = True
+    routed = record_routing(layer)
+    (y,) = train_step(layer, tokens(layer).to(dtype))
+    ((logits_TE, _, map_TE),) = routed
+    term_TD = (logits_TE.double().softmax(-1) * ~map_TE) @ vectors_ED.double()
+    share = float(term_TD.norm() / y.double().norm())
+    assert share < 1e-3
+    assert logged(layer.router)["default-vector share"] == pytest.approx(share, rel=0.005)
 
 
 def test_a_step_not_taken_has_no_metrics(new_layer: Any) -> None:

@@ -50,6 +50,22 @@ def test_an_evaluation_of_a_finished_run_keeps_its_training_curve(write_events):
     assert read_scalars(folder).series["lm loss validation"] == {20: 4.25}
 
 
+def test_of_two_values_at_a_step_the_first_counts(write_events, tmp_path):
+    """Megatron evaluates the last step again, then the test set, all by one name."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(tmp_path))
+    # From step 30 the process began again at 10.
+    logged = [(10, 5.0), (20, 4.0), (30, 9.0), (10, 4.5), (20, 4.25), (20, 4.75), (20, 8.0)]
+    for time, (step, value) in enumerate(logged):
+        one = Summary(value=[Summary.Value(tag="lm loss validation", simple_value=value)])
+        writer.add_event(Event(wall_time=1000 + time, step=step, summary=one))
+    writer.close()
+    assert read_scalars(tmp_path).series["lm loss validation"] == {10: 4.5, 20: 4.25, 30: 9.0}
+
+
 def test_more_steps_than_tensorboard_keeps_by_default(write_events):
     folder = write_events(1000, {"lm loss": {step: float(step % 7) for step in range(1, 20_002)}})
     assert len(read_scalars(folder).series["lm loss"]) == 20_001
@@ -76,6 +92,7 @@ def test_report_of_a_run(tmp_path, write_events):
     scalars = {
         "lm loss": {s: 8 - s / 20 for s in steps},
         "lm loss validation": {50: 5.5, 100: 3.25},
+        "lm loss test": {100: 3.5},
         "consumed tokens": {s: 2048.0 * s for s in logged},
         "iteration-time": dict.fromkeys(logged, 0.5),
     }
@@ -102,7 +119,8 @@ def test_report_of_a_run(tmp_path, write_events):
     assert "at step 100" in text
     assert "Train loss 7.950 at step 1, 3.225 at step 100" in text
     assert "Tokens: 204,800." in text
-    assert "Validation loss 3.250" in text
+    assert "Validation loss 3.250 at step 100." in text
+    assert "Test loss 3.500 at step 100." in text
     assert "4,096 tokens per second" in text
 
 
@@ -121,6 +139,17 @@ def test_whatever_is_absent_does_not_stop_the_plots(tmp_path, series):
     plots.plot_loss(scalars, tmp_path / "loss.png")
     plots.plot_experts(scalars, tmp_path / "experts.png")
     assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "experts.png"}
+
+
+@pytest.mark.parametrize("norm", [None, 0.0, 1.5])
+def test_a_run_without_default_vectors_has_no_panel_of_them(tmp_path, monkeypatch, norm):
+    drawn = []
+    monkeypatch.setattr(plots, "_draw_norms", lambda *_: drawn.append(True))
+    series = {"lm loss": {1: 8.0, 2: 7.0}, "load/layer_0/expert_0": {1: 1.0, 2: 1.0}}
+    if norm is not None:
+        series["moe/default-vector norm_layer_0"] = {1: 0.0, 2: norm}
+    plots.plot_experts(Scalars(series=series, tokens_per_step=None), tmp_path / "experts.png")
+    assert bool(drawn) == bool(norm)
 
 
 def test_running_mean_keeps_the_ends_and_does_not_lag():
