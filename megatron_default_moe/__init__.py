@@ -14,6 +14,7 @@ that ``cpu.runtime`` can prepare a machine without a GPU before Megatron is impo
 """
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -34,6 +35,31 @@ _HOME = {
 }
 
 __all__ = [*_HOME, "__version__", "functional"]
+
+
+def _refuse_to_run_a_library() -> None:
+    """End ``python -m`` with a module of ours that is no command, which would do nothing.
+
+    ``sys.argv[0]`` is ``-m`` while Python looks for the module, and imports this on its way.
+    """
+    if sys.argv[:1] != ["-m"]:
+        return
+    words = [word.removeprefix("-m") for word in sys.orig_argv[1:]]
+    name = next((word for word in words if word.split(".")[0] == __name__), __name__)
+    from megatron_default_moe.commands.table import COMMANDS
+
+    programs = {"", ".__main__", ".commands.line"}
+    if name.removeprefix(__name__) in programs or name in {one.module for one in COMMANDS}:
+        return
+    parts = name.split(".")
+    near = [one.name for one in COMMANDS if one.name in parts or one.module.startswith(f"{name}.")]
+    sentence = f"{name} is no command: default-moe {near[0] if near else '--help'}"
+    from megatron_default_moe import errors
+
+    sys.exit(errors.report(errors.UserError(sentence)))
+
+
+_refuse_to_run_a_library()
 
 
 def __getattr__(name: str) -> Any:

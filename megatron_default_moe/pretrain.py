@@ -7,6 +7,7 @@ pretrain`` is the same.
 """
 
 import sys
+from traceback import extract_tb
 from typing import Any
 
 from megatron_default_moe.errors import UserError
@@ -75,6 +76,8 @@ def _pretrain(args: Any, model_config: Any) -> None:
             **training.callback_arguments(pretrain),
         )
     except CheckpointingException as error:
+        if not any(frame.name == "load_checkpoint" for frame in extract_tb(error.__traceback__)):
+            raise  # Of a save: no mistake of the user's.
         raise UserError(f"Megatron refuses this checkpoint: {reason_of(error)}") from error
 
 

@@ -24,6 +24,17 @@ fail() {
     echo "error: $1" >&2
     exit 2
 }
+usage() { # the head of this file, and what can be set
+    sed -n '2,/^set -/{/^set -/d; s/^# \{0,1\}//; p}' "$0"
+    echo "Variables of the environment that it reads, with their defaults:"
+    sed -n 's/^\([A-Z_]*\)=\${[A-Z_]*:-\(.*\)} *# \(.*\)/  \1=\2  (\3)/p' "$0"
+    printf '\nThe flags are those of default-moe pretrain --help.\n'
+}
+case ${1:-} in -h | --help)
+    usage
+    exit 0
+    ;;
+esac
 [ $# -ge 1 ] || fail "no CONFIG.yaml: examples/launch/torchrun.sh CONFIG.yaml [flags]"
 [ -f "$1" ] && [ -r "$1" ] || fail "$1 cannot be read: the first argument is a YAML file of flags"
 [[ $NODES =~ ^[1-9][0-9]*$ ]] || fail "NODES is '$NODES': set it to the number of nodes"

@@ -62,6 +62,11 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE.yaml",
         help="Flags by name, one a line; the command line wins. Or the name of an example.",
     )
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help="If the run ends with an error, print its whole traceback, which is also in a file.",
+    )
     return parser
 
 
@@ -75,7 +80,19 @@ def megatron_args(argv: list[str]) -> Any:
             extra_args_provider=add_flags, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
         )
     except (AssertionError, ValueError, OSError) as error:
+        if not raised_by_megatron(error):
+            raise
         raise UserError(f"Megatron refuses these arguments: {reason_of(error)}") from error
+
+
+def raised_by_megatron(error: BaseException) -> bool:
+    """Whether Megatron raised it, itself or in a library it called; if not, this package did."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        name = frame.f_globals.get("__name__", "").partition(".")[0]
+        if name in ("megatron", "megatron_default_moe"):
+            return bool(name == "megatron")
+    return False
 
 
 def reason_of(error: BaseException) -> str:
@@ -101,6 +118,8 @@ def build_model_config(args: Any, options: Any) -> Any:
     except UserError:
         raise
     except (AssertionError, ValueError) as error:
+        if not raised_by_megatron(error):
+            raise
         raise UserError(f"Megatron refuses these arguments: {reason_of(error)}") from error
 
 

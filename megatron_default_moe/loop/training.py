@@ -8,11 +8,14 @@ a field of TransformerConfig: no patch.)
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
+from megatron_default_moe import errors
 from megatron_default_moe.layers import optimizer_step
 from megatron_default_moe.loop.tracker import RouterMetricsTracker
 
@@ -36,8 +39,8 @@ def with_commit(train_step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap Megatron's ``train_step``: commit the default vectors if the step was taken.
 
     Args:
-        train_step: upstream's function; its result holds ``skipped_iter`` at index 1 and
-            ``should_exit`` at index 3.
+        train_step: upstream's function; its result holds ``skipped_iter`` at index 1, and
+            ``should_checkpoint``, ``should_exit`` and ``exit_code`` from index 2 on.
 
     Returns:
         A function with the same signature and result.
@@ -49,11 +52,33 @@ def with_commit(train_step: Callable[..., Any]) -> Callable[..., Any]:
         arguments = signature.bind(*args, **kwargs).arguments
         before_step(arguments["model"], arguments.get("iteration"))
         result = train_step(*args, **kwargs)
+        result = _without_a_checkpoint_nowhere(result, arguments.get("iteration"))
         skipped, should_exit = result[1], result[3]
         optimizer_step.commit(arguments["model"], taken=not skipped and not should_exit)
         return result
 
     return train_step_with_commit
+
+
+def _without_a_checkpoint_nowhere(result: Any, iteration: int | None) -> Any:
+    """End the run where Megatron would save a checkpoint first and nobody said where.
+
+    It does so after a result that is not finite, or not reproducible, and fails in the saving.
+    """
+    from megatron.training.global_vars import get_args
+
+    if not result[2] or get_args().save:
+        return result
+    if errors.rank() == 0:
+        step = "a step" if iteration is None else f"iteration {iteration + 1}"
+        print(
+            f"error: {step} gave a loss or gradient that cannot be trained with (the line"
+            " 'unexpected result' has its value), and without --save there is no checkpoint to go"
+            " on from: lower --lr or --clip-grad, and give --save",
+            file=sys.stderr,
+            flush=True,
+        )
+    return (*result[:2], False, True, EXIT_CODE_FAILED_ON_RESULT_VALIDATION, *result[5:])
 
 
 class CommitCallback:

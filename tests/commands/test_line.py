@@ -4,6 +4,7 @@ What needs torch and Megatron is imported by the chosen command alone; ``test_wh
 help in an environment that has neither.
 """
 
+import concurrent.futures
 import importlib
 import pathlib
 import runpy
@@ -103,6 +104,38 @@ def test_a_commands_module_runs_when_it_is_the_program(
         runpy.run_module(command.module, run_name="__main__")
     assert ended.value.code == 0
     assert f"usage: default-moe {command.name} " in capsys.readouterr().out
+
+
+def libraries() -> list[str]:
+    """Every module of the package that is no command."""
+    package = ROOT / megatron_default_moe.__name__
+    files = [path.relative_to(ROOT).with_suffix("").parts for path in package.rglob("*.py")]
+    modules = {".".join(parts).removesuffix(".__init__") for parts in files}
+    programs = {"megatron_default_moe", "megatron_default_moe.__main__"}
+    programs |= {"megatron_default_moe.commands.line", *(one.module for one in COMMANDS)}
+    assert programs < modules
+    return [*sorted(modules - programs), "megatron_default_moe.doctor"]  # It once was there.
+
+
+def test_no_library_does_nothing_when_it_is_the_program() -> None:
+    """``python -m`` with any module is a command, or ends in one sentence before it imports."""
+
+    def run(module: str) -> tuple[int, str]:
+        program = [sys.executable, "-m", module, "--help"]
+        done = subprocess.run(
+            program, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    modules = libraries()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ends = dict(zip(modules, pool.map(run, modules), strict=True))
+    for module, (code, said) in ends.items():
+        assert (code, said.count("\n")) == (2, 1), module
+        assert said.startswith(f"error: {module} is no command: default-moe ")
+    assert ends["megatron_default_moe.doctor"][1].endswith("default-moe doctor\n")
+    assert ends["megatron_default_moe.plan"][1].endswith("default-moe plan\n")
+    assert ends["megatron_default_moe.layers.overlap"][1].endswith("default-moe --help\n")
 
 
 def test_the_package_is_the_program(

@@ -6,6 +6,7 @@ no bit; a skipped step leaves no trace; a resumed run continues with the identic
 vectors; a user's mistake is one sentence and exit code 2.
 """
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -262,6 +263,24 @@ def test_a_mistake_is_one_sentence_and_exit_code_2() -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == ["error: --num-expert is not a flag; did you mean --num-experts?"]
     assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_in_a_sentence_without_save(tmp_path: pathlib.Path) -> None:
+    """Megatron saves a checkpoint first, and fails in that."""
+    diverging = [*TINY, "--lr", "1e30", "--lr-decay-style", "constant", "--clip-grad", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_default_moe.pretrain", *diverging],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 17, "as Megatron ends when it does not save"
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "without --save" in said
+    assert "Traceback" not in done.stderr + done.stdout
 
 
 def test_the_entry_trains_from_a_yaml_file(tmp_path: pathlib.Path) -> None:

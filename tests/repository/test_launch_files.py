@@ -171,6 +171,19 @@ def test_a_mistake_with_torchrun_sh_is_one_sentence(words, environment, says):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch"])
+def test_a_launcher_prints_its_usage(name):
+    """The head of the file and, for torchrun.sh, every variable that can be set."""
+    command = ["bash", LAUNCH / name, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"examples/launch/{name} CONFIG.yaml [flags]" in done.stdout
+    if name == "torchrun.sh":
+        variables = re.findall(r"^([A-Z_]+)=\$\{", (LAUNCH / name).read_text(), re.MULTILINE)
+        assert len(variables) == 8
+        assert all(f"\n  {variable}=" in done.stdout for variable in variables)
+
+
 @pytest.fixture
 def sbatch(tmp_path):
     """Run slurm.sbatch as SLURM would start it, with these shell lines for srun."""
