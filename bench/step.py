@@ -170,7 +170,7 @@ def work(shape: Shape, tiny: bool, rounds: int, steps: int, until: float) -> Non
 
     from megatron_default_moe import RouterGradientConfig
     from megatron_default_moe.cpu import runtime
-    from megatron_default_moe.layers import router_choice
+    from megatron_default_moe.estimators import registry
 
     runtime.install()
     from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
@@ -180,7 +180,7 @@ def work(shape: Shape, tiny: bool, rounds: int, steps: int, until: float) -> Non
         return
     args = arms.start([*command_line(shape, HAVE_TE, tiny), *chosen_for_device(HAVE_TE)])
     built = {"TopK": arms.topk(args), "Default": arms.default(args)}
-    if router_choice.uses_kernels(RouterGradientConfig(kernels=True)):
+    if registry.uses_kernels(RouterGradientConfig(kernels=True)):
         built["Default, kernels"] = arms.default(args, kernels=True)
     tokens = [arms.random_tokens(args, seed) for seed in range(MICRO_BATCHES)]
     for arm in built.values():

@@ -4,12 +4,12 @@ import pathlib
 
 from megatron_default_moe.options import support
 
-TEXT = """# What works with default vectors, and what does not
+TEXT = """# What works with which router gradient, and what does not
 
 Generated from `megatron_default_moe/options/support.py` by `python docs/generate_support.py`; a
 test keeps the two equal. *refused*: the program ends with this sentence before training starts.
 *warned*: it says so and goes on. *noted*: it says what it
-does otherwise than Megatron. *(default)*: only with `--moe-router-gradient default`.
+does otherwise than Megatron. In brackets: only with these values of `--moe-router-gradient`.
 
 What the table does not name works as in Megatron. Tested against float64 references: every
 dispatcher but flex, capacity limits, groups of experts, expert bias (it chooses experts and weighs

@@ -25,7 +25,7 @@ _HOME = {
     "default_moe_spec": "loop.model",
     "DefaultMoEGPTModelConfig": "loop.model",
     "DefaultMoELayer": "layers.moe_layer",
-    "DefaultMoERouter": "layers.default_router",
+    "DefaultMoERouter": "estimators.default",
     "DefaultMoEAllGatherTokenDispatcher": "layers.token_dispatcher",
     "DefaultMoEAlltoAllTokenDispatcher": "layers.token_dispatcher",
     "DefaultMoEFlexTokenDispatcher": "layers.token_dispatcher",

@@ -6,7 +6,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_default_moe.layers import overlap
-from megatron_default_moe.layers.default_router import DefaultMoERouter
 from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.token_dispatcher import connect
 
@@ -21,21 +20,16 @@ class ObservedMoELayer(MoELayer):
         """Build Megatron's layer, then connect its dispatcher with its router."""
         super().__init__(*args, **kwargs)
         assert isinstance(self.router, ObservedTopKRouter), type(self.router)
-        connect(self.token_dispatcher, self.router)
+        connect(self.token_dispatcher, self.router, self.experts)
 
 
 class DefaultMoELayer(ObservedMoELayer):
-    """Megatron's MoELayer with default vectors.
+    """Megatron's MoELayer with an estimator of the router gradient.
 
-    Its spec must name :class:`DefaultMoERouter` as the router. One forward pass: the router routes
-    and keeps its logits; dispatch; the experts run; their rows are summed per expert; combine; the
-    default term, of the experts a token did not use, is added.
+    Its spec must name one of ``estimators/`` as the router. One forward pass, for default vectors:
+    the router routes and keeps its logits; dispatch; the experts run; their rows are summed per
+    expert; combine; the default term, of the experts a token did not use, is added.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Build the layer; the arguments are Megatron's."""
-        super().__init__(*args, **kwargs)
-        assert isinstance(self.router, DefaultMoERouter), type(self.router)
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor

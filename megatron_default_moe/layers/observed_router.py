@@ -1,8 +1,18 @@
-"""What every router of this package does: route with Megatron's code, and count.
+"""What every router of this package does, and where an estimator of the router gradient comes in.
 
 ``ObservedTopKRouter`` leaves the routing to Megatron and looks at its result later, when the
-experts have run: what lies between may be replayed from a CUDA graph. The estimators of the router
-gradient are its subclasses; the layer, the dispatchers and the optimizer step know this class only.
+experts have run: what lies between may be replayed from a CUDA graph. The estimators are its
+subclasses (``estimators/``); the layer, the dispatchers and the optimizer step know this class
+only. What an estimator may declare: ``gives_scores_gradient``, ``chooses``, ``number_varies``,
+``needs_tokens``, ``model_wide``, its buffers. What it may do, in the order of a step:
+
+    begin_step        before the first micro-batch
+    choose            in place of Megatron's top-k
+    balance           the losses attached to the probabilities of its own choice
+    observe_experts   the local experts' rows pass by
+    finish_output     the routed experts' combined output passes by
+    step_parts        what the step's one all-reduce adds up
+    take_step         the step was taken: state changes here and nowhere else
 """
 
 from collections.abc import Sequence
@@ -16,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.layers import own_choice
 from megatron_default_moe.layers.layer_metrics import layer_metrics
 from megatron_default_moe.layers.step_sums import StepSums
 from megatron_default_moe.maths import functional
@@ -34,6 +45,14 @@ class ObservedTopKRouter(TopKRouter):
     """Buffers of this estimator that a plain Megatron checkpoint does not have."""
     carried = ("routed_scores", "routed_probs")
     """What a routing leaves for its layer: tensors, so that a CUDA graph can hand them on."""
+    gives_scores_gradient = False
+    """Whether the scores of a routing get a gradient from the layer's output."""
+    needs_tokens = False
+    """Whether the dispatcher keeps the tokens of a micro-batch for ``finish_output``."""
+    number_varies = False
+    """Whether tokens use another number of experts than --moe-router-topk."""
+    model_wide = False
+    """Whether a step's load is added up over all layers of the model, too."""
 
     def __init__(
         self,
@@ -49,6 +68,9 @@ class ObservedTopKRouter(TopKRouter):
         self.options: RouterGradientConfig = config.router_gradient
         # Only routers with default vectors carry sums of expert outputs.
         self.vector_width = 0
+        # The layer's dispatcher (``token_dispatcher.connect``), and what it kept of a micro-batch.
+        self.dispatcher: Any = None
+        self.tokens: Tensor | None = None
         # Set by the training step on the steps that are logged: entropies and norms cost a pass.
         self.collects_details = False
         # Set by calibrate.py: evaluation passes count, as one step without gradients.
@@ -63,11 +85,18 @@ class ObservedTopKRouter(TopKRouter):
         self.counted_passes = 0
         # The all-reduced sums of the running step, between gradient finalisation and commit.
         self.pending: StepSums | None = None
+        # ``StepSums.load`` over all layers of the model, where ``model_wide``.
+        self.model_load: Tensor | None = None
         # layer_metrics of the last step, if it was taken and is logged.
         self.step_metrics: Tensor | None = None
         # Until the checkpoint without this estimator's state is loaded, it is not asked of it.
         self.awaits_baseline = self.options.from_baseline
         self._new_buffer("local_stats", (StepSums.numel(self.num_experts, 0),), persistent=False)
+        if self.options.loss_free_bias is not None:
+            # Not Megatron's expert_bias, which its softmax gate ignores.
+            self._new_buffer("choice_bias", (self.num_experts,))
+            self.fp32_buffers = (*self.fp32_buffers, "choice_bias")
+            self.checkpointed = (*self.checkpointed, "choice_bias")
 
     def _new_buffer(
         self,
@@ -125,7 +154,10 @@ class ObservedTopKRouter(TopKRouter):
         Raises:
             UserError: Megatron returned indices of experts instead of a map.
         """
-        probs_TE, map_TE = super().routing(logits, *args, **kwargs)
+        if self.chooses:
+            probs_TE, map_TE = own_choice.routing(self, logits, *args, **kwargs)
+        else:
+            probs_TE, map_TE = super().routing(logits, *args, **kwargs)
         if map_TE.dtype != torch.bool:
             raise UserError(
                 "--moe-router-fusion with --moe-token-dispatcher-type flex routes by indices in"
@@ -136,10 +168,57 @@ class ObservedTopKRouter(TopKRouter):
         if self.options.normalized_gate:
             scores_TE = self.dense_probs(scores_TE)
             probs_TE = functional.replace_active_probs(probs_TE, probs_TE != 0, scores_TE)
-        # Only default vectors give them a gradient; for others a graph would carry one of zeros.
-        self.routed_scores = scores_TE if self.options.uses_default_vectors else scores_TE.detach()
+        # Where nothing gives them a gradient, a graph would carry one of zeros.
+        self.routed_scores = scores_TE if self.gives_scores_gradient else scores_TE.detach()
         self.routed_probs = probs_TE.detach()
         return probs_TE, map_TE
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether this forward pass gives the scores a gradient."""
+        return self.gives_scores_gradient and self.training
+
+    @property
+    def chooses(self) -> bool:
+        """Whether :meth:`choose` takes the place of Megatron's top-k."""
+        return self.options.loss_free_bias is not None
+
+    def choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose each token's experts; here the top-k of the biased scores, weighted without bias.
+
+        Args:
+            logits_TE: [T, E] the logits (jitter and forced values included).
+
+        Returns:
+            [T, E] what the experts' outputs are multiplied by, in the dtype of the logits, zero
+            where unused; its graph is the estimator's gradient rule. [T, E] bool map.
+        """
+        return own_choice.biased_topk(self, logits_TE)
+
+    def balance(
+        self,
+        probs_TE: Tensor,
+        logits_TE: Tensor,
+        chosen_TE: Tensor,
+        shape: tuple[int, int],
+        padding_T: Tensor | None,
+    ) -> Tensor:
+        """Attach the losses that balance an own choice: Megatron's three, of what was chosen.
+
+        Args:
+            probs_TE: [T, E] the multipliers.
+            logits_TE: [T, E] the logits.
+            chosen_TE: [T, E] bool the choice, before any expert's capacity.
+            shape: sequence length and batch size, whose product is T.
+            padding_T: [T] bool True for padding, or None.
+
+        Returns:
+            ``probs_TE`` with the losses attached.
+        """
+        return own_choice.balance(self, probs_TE, logits_TE, chosen_TE, shape, padding_T)
+
+    def begin_step(self) -> None:
+        """Prepare for a step's first micro-batch."""
 
     def attach_and_log_load_balancing_loss(
         self,
@@ -205,6 +284,7 @@ class ObservedTopKRouter(TopKRouter):
         return output
 
     def _forget_routing(self) -> None:
+        self.tokens = None
         for name in self.carried:
             setattr(self, name, None)
 
@@ -220,7 +300,8 @@ class ObservedTopKRouter(TopKRouter):
     @torch.no_grad()
     def _count_entropy(self) -> None:
         scores_TE = self._dense().float()
-        scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        # (Where every gate may be closed, such a token's entropy is zero.)
+        scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         totals = StepSums.view(self.local_stats, self.num_experts, 0).totals
         totals[1] += torch.special.entr(scores_TE).sum()
 
@@ -290,6 +371,16 @@ class ObservedTopKRouter(TopKRouter):
             taking: routers of this class; each one's ``pending`` is the whole global batch.
         """
         for router in taking:
+            router.awaits_baseline = False
             if router.collects_details:
                 assert router.pending is not None
                 router.step_metrics = layer_metrics(router.pending, None, None, None)
+
+    @classmethod
+    def move_choice_bias(cls, taking: "Sequence[ObservedTopKRouter]") -> None:
+        """Move the biases of loss-free balancing after a step that the optimizer took."""
+        for router in taking:
+            rate = router.options.loss_free_bias
+            if rate is not None and not router.frozen_expert_bias:
+                assert router.pending is not None
+                own_choice.move_bias(router.choice_bias, router.pending.counts, rate)

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads as megatron_finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 
 from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.step_sums import StepSums
@@ -50,7 +52,10 @@ def begin(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     Args:
         model: the model, or its chunks.
     """
-    left = [router for router in routers(model) if router.counted_passes]
+    everyone = list(routers(model))
+    for router in everyone:
+        router.begin_step()
+    left = [router for router in everyone if router.counted_passes]
     for router in left:
         router.counted_passes = 0
     sums = [part for router in left for part in router.local_step_sums()]
@@ -69,8 +74,13 @@ def reduce_step_sums(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None
         model: the model, or its chunks with interleaved pipelines.
     """
     training = [router for router in routers(model) if router.training]
-    if not training:
-        return
+    if training:
+        _reduce_stage(training)
+    _reduce_model(model, training)
+
+
+def _reduce_stage(training: list[ObservedTopKRouter]) -> None:
+    """Add up the sums of some layers over their pipeline stage."""
     sizes = [StepSums.numel(router.num_experts, router.vector_width) for router in training]
     buffer = training[0].local_stats.new_zeros(sum(sizes))
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -82,6 +92,31 @@ def reduce_step_sums(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None
     torch._foreach_copy_(places, sums)
     torch._foreach_zero_(sums)
     torch.distributed.all_reduce(buffer, group=training[0].tp_dp_cp_group)
+
+
+def _reduce_model(
+    model: torch.nn.Module | Iterable[torch.nn.Module], training: list[ObservedTopKRouter]
+) -> None:
+    """Add up the load over all layers of the model, for estimators that ask for it.
+
+    Two numbers, in one all-reduce over the pipeline, in which stages without MoE layers take part.
+    """
+    chunk = unwrap_model(model if isinstance(model, torch.nn.Module) else next(iter(model)))
+    # A stage without MoE layers knows from the model's config alone.
+    config = training[0].config if training else getattr(chunk, "config", None)
+    options = getattr(config, "router_gradient", None)
+    if options is None or not options.model_wide:
+        return
+    sums = [router.pending.load() for router in training if router.pending is not None]
+    load = torch.stack(sums).sum(0) if sums else torch.zeros(2, device=torch.cuda.current_device())
+    collection = getattr(chunk, "pg_collection", None)
+    if collection is None:
+        collection = ProcessGroupCollection.use_mpu_process_groups(["pp"])
+    group = collection.pp
+    if group.size() > 1:
+        torch.distributed.all_reduce(load, group=group)
+    for router in training:
+        router.model_load = load
 
 
 def commit(model: torch.nn.Module | Iterable[torch.nn.Module], taken: bool) -> None:
@@ -110,6 +145,7 @@ def commit(model: torch.nn.Module | Iterable[torch.nn.Module], taken: bool) -> N
     with torch.no_grad():
         for kind, of_kind in taking.items():
             kind.take_step(of_kind)
+            kind.move_choice_bias(of_kind)
     for router in everyone:
         router.pending = None
     begin(everyone)

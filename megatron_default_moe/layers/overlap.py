@@ -16,7 +16,7 @@ import torch
 from megatron.core.pipeline_parallel.utils import get_comm_stream
 from torch import Tensor
 
-from megatron_default_moe.layers.default_router import DefaultMoERouter
+from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 
 
 class _TakeGradient(torch.autograd.Function):
@@ -41,7 +41,7 @@ def _take_gradient(leaf: Tensor) -> Tensor:
     return grad
 
 
-def cut(router: DefaultMoERouter, probs: Tensor) -> Tensor:
+def cut(router: ObservedTopKRouter, probs: Tensor) -> Tensor:
     """Cut the router's scores off from the graph of this routing, and keep their gradient's way.
 
     The layer goes on with a leaf in ``router.routed_scores``. Megatron runs the graphs of a layer
@@ -56,7 +56,7 @@ def cut(router: DefaultMoERouter, probs: Tensor) -> Tensor:
         The probabilities to go on with: the same values.
     """
     scores_TE = router.routed_scores
-    if scores_TE is None or not scores_TE.requires_grad or not router.uses_vectors:
+    if scores_TE is None or not scores_TE.requires_grad or not router.uses_scores:
         return probs
     leaf_TE = scores_TE.detach().requires_grad_()
     router.routed_scores = leaf_TE

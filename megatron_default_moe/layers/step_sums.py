@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,7 @@ class StepSums(NamedTuple):
         sizes = [num_experts * width, num_experts, num_experts, 4]
         sums, mass, counts, totals = flat.split(sizes)
         return cls(sums.view(num_experts, width), mass, counts, totals)
+
+    def load(self) -> Tensor:
+        """[2] token-expert pairs that were routed, and all that there could be."""
+        return torch.stack([self.counts.sum(), self.totals[0] * self.counts.numel()])

@@ -13,10 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.estimators.registry import router_class
 from megatron_default_moe.layers import optimizer_step
 from megatron_default_moe.layers.moe_layer import DefaultMoELayer, ObservedMoELayer
-from megatron_default_moe.layers.observed_router import ObservedTopKRouter
-from megatron_default_moe.layers.router_choice import default_moe_router
 from megatron_default_moe.loop import patches
 from megatron_default_moe.options import support
 from megatron_default_moe.options.config import RouterGradientConfig
@@ -103,12 +102,11 @@ def _is_moe_layer(module: Any) -> bool:
 
 
 def _layer_class(options: RouterGradientConfig) -> Any:
-    return DefaultMoELayer if options.uses_default_vectors else ObservedMoELayer
+    return ObservedMoELayer if options.gradient == "topk" else DefaultMoELayer
 
 
 def _with_router(submodules: Any, options: RouterGradientConfig) -> Any:
-    router = default_moe_router(options) if options.uses_default_vectors else ObservedTopKRouter
-    return dataclasses.replace(submodules, router=router)
+    return dataclasses.replace(submodules, router=router_class(options))
 
 
 def with_default_moe_in_mtp(mtp_block_spec: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import math
 from argparse import ArgumentParser, Namespace
 from typing import Any, Literal
 
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options.estimators import Estimator, named
 
 
 def _flag(default: Any, flag: str, **argparse_kwargs: Any) -> Any:
@@ -31,9 +33,23 @@ def _switch(default: bool, flag: str) -> Any:
 class RouterGradientConfig:
     """How the router learns: which gradient reaches it from the experts a token did not use."""
 
-    gradient: Literal["topk", "default"] = _flag("default", "moe-router-gradient")
+    gradient: Literal[
+        "topk",
+        "default",
+        "dense",
+        "sparsemixer",
+        "sparsemixer-v2",
+        "expert-group",
+        "remoe",
+    ] = _flag("default", "moe-router-gradient")
     """Router-gradient estimator. 'default' (Default MoE) lets the default vector of every expert
-    a token did not use stand in for that expert's output; 'topk' is stock Megatron."""
+    a token did not use stand in for that expert's output; 'topk' is stock Megatron; the others are
+    in docs/estimators.md."""
+
+    loss_free_bias: float | None = _flag(None, "moe-loss-free-bias", type=float, metavar="RATE")
+    """Balance the experts without a loss (DeepSeek): a bias takes part in the choice of experts
+    beside the softmax gate, and moves by RATE a step towards the experts that got fewer tokens
+    than the mean (0.001 with sigmoid gates; 0.0001 was best beside a softmax)."""
 
     global_aux_loss_exact: bool = _switch(True, "moe-global-aux-loss-exact")
     """Apply --moe-router-load-balancing-type global_aux_loss as strongly as --moe-aux-loss-coeff
@@ -79,6 +95,23 @@ class RouterGradientConfig:
     of the default vectors sum to one. Megatron divides by the sum over the chosen experts (with
     --moe-router-topk 1, by nothing). Changes the weights of the experts in topk training too."""
 
+    mask_width: float = _flag(0.1, "sparsemixer-mask-width")
+    """For sparsemixer and sparsemixer-v2: how far below the best logit an expert may be drawn,
+    relative to the two logits' magnitudes (the paper's r)."""
+
+    expert_group_size: int = _flag(2, "expert-group-size")
+    """For expert-group: experts in a token's group, its best ones (G)."""
+
+    expert_group_in_forward: bool = _switch(False, "expert-group-in-forward")
+    """For expert-group: add the stand-ins in the forward pass of training too."""
+
+    remoe_lambda: float = _flag(1e-8, "remoe-lambda")
+    """For remoe: the weight that the sparsity loss starts with."""
+
+    remoe_factor: float = _flag(1.2, "remoe-factor")
+    """For remoe: what the weight is multiplied with in a step that was less sparse than
+    1 - topk / experts, and divided by in one that was sparser."""
+
     kernels: bool = _switch(False, "default-vector-kernels")
     """On NVIDIA devices of compute capability 9 and 10, where Triton is installed, use the fused
     kernels. Off, and everywhere else: the same maths in PyTorch. (Off until they have been run on
@@ -111,6 +144,24 @@ class RouterGradientConfig:
                 "--no-default-vector-in-forward leaves nothing to fade in: drop it or"
                 " --default-vector-fade-in"
             )
+        for flag, value, low, high, what in (
+            ("--moe-loss-free-bias", self.loss_free_bias, 0.0, 1.0, "a step of the bias"),
+            ("--sparsemixer-mask-width", self.mask_width, 0.0, 1.0, "a relative distance"),
+            ("--remoe-lambda", self.remoe_lambda, 0.0, math.inf, "the weight of a loss"),
+        ):
+            if value is not None and not low < value < high:
+                bound = f" and below {high:g}" if high < math.inf else ""
+                raise UserError(f"{flag} must be above 0{bound}, not {value}: it is {what}")
+        if not 1.0 < self.remoe_factor < math.inf:
+            raise UserError(
+                f"--remoe-factor must be above 1, not {self.remoe_factor}: the weight of the loss"
+                " grows by it (1.2 by default)"
+            )
+        if self.expert_group_size < 2:
+            raise UserError(
+                f"--expert-group-size must be at least 2, not {self.expert_group_size}: an expert"
+                " alone has no group to learn from"
+            )
         if self.init == "gaussian" and self.bias_correction:
             raise UserError(
                 "--default-vector-bias-correction undoes a start at zero and cannot be combined"
@@ -118,9 +169,24 @@ class RouterGradientConfig:
             )
 
     @property
+    def estimator(self) -> Estimator:
+        """The row of the table of estimators."""
+        return named(self.gradient)
+
+    @property
     def uses_default_vectors(self) -> bool:
         """Whether the model holds default vectors at all."""
-        return self.gradient == "default"
+        return self.estimator.vectors
+
+    @property
+    def model_wide(self) -> bool:
+        """Whether a step's load is added up over the whole model."""
+        return self.estimator.model_wide
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the experts are chosen by this package instead of Megatron's top-k."""
+        return self.estimator.chooses or self.loss_free_bias is not None
 
 
 PAPER_PRESET = {
@@ -158,7 +224,8 @@ def add_router_gradient_args(parser: ArgumentParser) -> ArgumentParser:
         # The factory shows docstrings as they are; the default belongs to the help too.
         text = " ".join(factory.field_docstrings[field.name].split())
         default: Any = field.default
-        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+        switch = default is None or isinstance(default, bool)
+        shown = ("on" if default else "off") if switch else default
         factory.field_docstrings[field.name] = f"{text} Default: {shown}."
     group = factory.build_group(parser, title="router gradient (megatron_default_moe)")
     group.add_argument(

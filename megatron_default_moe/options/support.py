@@ -6,33 +6,17 @@ have the same names. The entry point checks the arguments before anything touche
 checks the config for everybody else.
 """
 
-import dataclasses
 import logging
 import os
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.options.config import RouterGradientConfig
+from megatron_default_moe.options.estimator_rules import ESTIMATOR_RULES
+from megatron_default_moe.options.rule import Rule, weighs_unused, with_vectors
 from megatron_default_moe.options.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One row of the support table."""
-
-    situation: str
-    """What the user asked for, in the user's flags."""
-    verdict: Literal["refused", "warned", "noted"]
-    sentence: str
-    """Why, and what to do instead."""
-    applies: Callable[[Settings], Any]
-    topk_too: bool = False
-    """Whether it also concerns ``--moe-router-gradient topk``."""
-    own_entry_only: bool = False
-    """Whether it only concerns ``megatron_default_moe.pretrain``, not Megatron's own script."""
 
 
 LAYERS_WITHOUT_A_STAGE = (
@@ -43,6 +27,7 @@ LAYERS_WITHOUT_A_STAGE = (
 _TO_TOPK = "or train with --moe-router-gradient topk"
 
 RULES: tuple[Rule, ...] = (
+    *ESTIMATOR_RULES,
     Rule(
         "no --num-experts",
         "refused",
@@ -57,6 +42,7 @@ RULES: tuple[Rule, ...] = (
         "--moe-router-pre-softmax is needed: without it the softmax is over the chosen experts"
         " only, and the others have no probability that a default vector could be weighted with",
         lambda s: s.score == "softmax" and not s.moe_router_pre_softmax,
+        only=weighs_unused,
     ),
     Rule(
         "--moe-router-score-function sigmoid or sqrtsoftplus with --moe-router-topk above 1",
@@ -65,6 +51,7 @@ RULES: tuple[Rule, ...] = (
         " when --moe-router-topk is above 1, which leaves the others without a probability: add"
         " --default-vector-normalized-gate, which normalises over all experts",
         lambda s: s.score != "softmax" and s.topk > 1 and not s.options.normalized_gate,
+        only=with_vectors,
     ),
     Rule(
         "--moe-router-score-function sigmoid or sqrtsoftplus with --moe-router-topk 1",
@@ -73,6 +60,7 @@ RULES: tuple[Rule, ...] = (
         " the default vectors may outweigh the chosen expert; with --default-vector-normalized-gate"
         " they sum to one",
         lambda s: s.score != "softmax" and s.topk == 1 and not s.options.normalized_gate,
+        only=with_vectors,
     ),
     Rule(
         "--default-vector-normalized-gate with the softmax gate",
@@ -129,6 +117,7 @@ RULES: tuple[Rule, ...] = (
         "--moe-router-topk equals --num-experts: every expert is active and the default vectors"
         " are never used",
         lambda s: s.experts and s.topk == s.experts,
+        only=with_vectors,
     ),
     Rule(
         "--moe-router-force-load-balancing or --moe-router-force-biased",
@@ -136,6 +125,7 @@ RULES: tuple[Rule, ...] = (
         "--moe-router-force-load-balancing and --moe-router-force-biased route at random, for"
         " benchmarks: the default vectors of such a run mean nothing",
         lambda s: s.moe_router_force_load_balancing or s.moe_router_force_biased is not None,
+        only=with_vectors,
     ),
     Rule(
         "--default-vector-weighting uniform with FP8 or FP4",
@@ -143,6 +133,7 @@ RULES: tuple[Rule, ...] = (
         "--default-vector-weighting uniform divides expert outputs by small probabilities, which"
         " amplifies the rounding of FP8 and FP4: --default-vector-weighting router does not",
         lambda s: s.options.weighting == "uniform" and (s.fp8 or s.fp4),
+        only=with_vectors,
     ),
     Rule(
         "--fp8-recipe delayed without NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1",
@@ -218,6 +209,7 @@ RULES: tuple[Rule, ...] = (
         " micro-batch, and --default-vector-order before-use adds some that it cannot hide: use"
         " --default-vector-order after-use, or drop the flag",
         lambda s: s.overlap_moe_expert_parallel_comm and s.options.order == "before-use",
+        only=with_vectors,
     ),
     Rule(
         "--cuda-graph-modules other than attn, mlp, and moe_router moe_preprocess together",
@@ -367,7 +359,7 @@ def check(
         UserError: the first refused situation, as one sentence.
     """
     settings = Settings(source, options)
-    concerned = [rule for rule in RULES if rule.topk_too or options.uses_default_vectors]
+    concerned = [rule for rule in RULES if rule.concerns(options)]
     found = [
         rule
         for rule in concerned
@@ -384,8 +376,7 @@ def check(
 def markdown() -> str:
     """Return the table for the documentation."""
     rows = [
-        f"| {rule.situation} | {rule.verdict}{'' if rule.topk_too else ' (default)'} |"
-        f" {rule.sentence} |"
+        f"| {rule.situation} | {rule.verdict}{rule.estimators} | {rule.sentence} |"
         for rule in RULES
     ]
     return "\n".join(["| situation | verdict | why, and what to do |", "|---|---|---|", *rows])

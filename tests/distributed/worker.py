@@ -3,8 +3,8 @@
 ``worker.py CASES.json OUT``: each case is ``{"name", "argv", ...}`` and goes through the package's
 own entry, ``pretrain.run``. A launch costs ten seconds of imports, a further case in it two. Per
 case and rank, ``OUT/<name>.<rank>.pt`` holds a list of steps: loss, gradient norm, whether skipped,
-and per MoE layer the default vectors after the step, the router gradient, and the vectors that the
-step should have led to, computed apart in float64 from what the experts returned.
+and per MoE layer the estimator's state after the step, the router gradient, and the vectors that
+the step should have led to, computed apart in float64 from what the experts returned.
 
 With ``"stock": true`` the case builds a plain GPTModelConfig and nothing is patched. With
 ``"rerun": true`` Megatron's rerun machine runs every step twice. ``"poison": [where, step, value]``
@@ -124,6 +124,10 @@ class Recorder:
                 step["layers"][number] = {
                     "router_weight": layer.router.weight.detach().clone().float(),
                     "router_grad": self.router_grads.get(number),
+                    "state": {
+                        name: getattr(layer.router, name).detach().clone()
+                        for name in getattr(layer.router, "checkpointed", ())
+                    },
                 }
             for layer in watched:
                 step["layers"][number_of(layer.router)].update(

@@ -14,7 +14,7 @@ import torch
 from building import build_layer
 
 from megatron_default_moe import RouterGradientConfig, commit, reduce_step_sums
-from megatron_default_moe.layers import router_choice
+from megatron_default_moe.estimators import registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def skip_unless_available(one: Implementation) -> None:
 
 def skip_without_kernels() -> None:
     """Skip where ``--default-vector-kernels`` would change nothing."""
-    if not router_choice.uses_kernels(RouterGradientConfig(kernels=True)):
+    if not registry.uses_kernels(RouterGradientConfig(kernels=True)):
         pytest.skip("the kernels need compute capability 9 or 10, and Triton")
 
 

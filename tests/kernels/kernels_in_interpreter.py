@@ -21,8 +21,8 @@ from building import build_layer, train_step
 from layer_reference import tokens
 from maths import normal, routing, same_bits, sorted_rows
 
+from megatron_default_moe.estimators.fused_default import FusedDefaultMoERouter
 from megatron_default_moe.kernels import sums, term
-from megatron_default_moe.layers.fused_default_router import FusedDefaultMoERouter
 from megatron_default_moe.loop import model
 from megatron_default_moe.maths import functional, naive
 
@@ -341,7 +341,7 @@ def test_layer_equals_the_pytorch_layer(
     found = []
     for fused in (False, True):
         if fused:
-            monkeypatch.setattr(model, "default_moe_router", lambda options: FusedDefaultMoERouter)
+            monkeypatch.setattr(model, "router_class", lambda options: FusedDefaultMoERouter)
         layer = build_layer(beta=0.5, **SETTINGS[name])
         assert isinstance(layer.router, FusedDefaultMoERouter) == fused
         layer.router.collects_details = details
@@ -373,7 +373,7 @@ def test_launches_of_a_layer(
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(kernel_class, "run", counting)
-    monkeypatch.setattr(model, "default_moe_router", lambda options: FusedDefaultMoERouter)
+    monkeypatch.setattr(model, "router_class", lambda options: FusedDefaultMoERouter)
     layer = build_layer(in_forward=in_forward)
     y, _ = layer(tokens(layer))
     forward = {"statistics_kernel": 1} | ({"forward_kernel": 1} if in_forward else {})

@@ -16,8 +16,8 @@ import torch
 from own_process import ROOT, run_tests
 
 from megatron_default_moe import RouterGradientConfig
-from megatron_default_moe.layers import router_choice
-from megatron_default_moe.layers.default_router import DefaultMoERouter
+from megatron_default_moe.estimators import registry
+from megatron_default_moe.estimators.default import DefaultMoERouter
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -93,7 +93,7 @@ def test_who_uses_them(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     options = RouterGradientConfig(kernels=wanted)
-    router = router_choice.default_moe_router(options)
+    router = registry.router_class(options)
     assert issubclass(router, DefaultMoERouter)
     assert router.__name__ == ("FusedDefaultMoERouter" if fused else "DefaultMoERouter")
 
@@ -102,4 +102,4 @@ def test_without_triton_the_functions_are_used(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert router_choice.default_moe_router(RouterGradientConfig(kernels=True)) is DefaultMoERouter
+    assert registry.router_class(RouterGradientConfig(kernels=True)) is DefaultMoERouter

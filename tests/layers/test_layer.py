@@ -15,7 +15,7 @@ from layer_reference import close, expert_outputs, reference, tokens
 from torch import Tensor
 
 from megatron_default_moe import commit, reduce_step_sums
-from megatron_default_moe.layers.default_router import DefaultMoERouter
+from megatron_default_moe.estimators.default import DefaultMoERouter
 from megatron_default_moe.maths import naive
 
 

@@ -40,6 +40,7 @@ SWITCHES = [
     "--default-vector-normalized-gate",
     "--default-vector-kernels",
     "--moe-global-aux-loss-exact",
+    "--expert-group-in-forward",
 ]
 DESIGN_FLAGS = {
     *DESIGN_CHOICES,
@@ -49,6 +50,11 @@ DESIGN_FLAGS = {
     "--default-vector-from-baseline",
     "--default-vector-fade-in",
     "--paper-default-moe",
+    "--moe-loss-free-bias",
+    "--sparsemixer-mask-width",
+    "--expert-group-size",
+    "--remoe-lambda",
+    "--remoe-factor",
 }
 DEFAULTS = {
     "gradient": "default",
@@ -63,6 +69,12 @@ DEFAULTS = {
     "init": "zeros",
     "bias_correction": False,
     "normalized_gate": False,
+    "loss_free_bias": None,
+    "mask_width": 0.1,
+    "expert_group_size": 2,
+    "expert_group_in_forward": False,
+    "remoe_lambda": 1e-8,
+    "remoe_factor": 1.2,
     "kernels": False,
     "from_baseline": False,
 }
@@ -127,7 +139,7 @@ def test_help_explains_and_names_the_default(
     flag = field.metadata["argparse_meta"]["arg_names"][0]
     action = parser._option_string_actions[flag]
     default = DEFAULTS[field.name]
-    if isinstance(default, bool):
+    if default is None or isinstance(default, bool):
         default = "on" if default else "off"
     text = parser._get_formatter()._expand_help(action)
     explanation, _, shown = text.rpartition(" Default: ")
@@ -196,6 +208,12 @@ def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
         (["--default-vector-bias-correction"], "bias_correction", True),
         (["--default-vector-kernels"], "kernels", True),
         (["--default-vector-from-baseline"], "from_baseline", True),
+        (["--moe-loss-free-bias", "0.0001"], "loss_free_bias", 0.0001),
+        (["--sparsemixer-mask-width", "0.3"], "mask_width", 0.3),
+        (["--expert-group-size", "3"], "expert_group_size", 3),
+        (["--expert-group-in-forward"], "expert_group_in_forward", True),
+        (["--remoe-lambda", "1e-6"], "remoe_lambda", 1e-6),
+        (["--remoe-factor", "1.1"], "remoe_factor", 1.1),
         (
             ["--no-default-vector-in-eval", "--default-vector-in-eval"],
             "in_eval",
@@ -273,6 +291,42 @@ def test_a_fade_in_that_cannot_be(
     with pytest.raises(UserError, match=named) as refusal:
         options(parser, *argv)
     assert "--default-vector-fade-in" in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--moe-loss-free-bias",
+        "--sparsemixer-mask-width",
+        "--remoe-lambda",
+        "--remoe-factor",
+    ],
+)
+def test_a_number_out_of_range_names_its_flag(
+    parser: argparse.ArgumentParser, flag: str, value: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{flag} must be above .*not "):
+        options(parser, f"{flag}={value}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--moe-loss-free-bias", "1"), ("--sparsemixer-mask-width", "1"), ("--remoe-factor", "1")],
+)
+def test_an_upper_bound_is_out_of_range(
+    parser: argparse.ArgumentParser, flag: str, value: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{flag} must be"):
+        options(parser, flag, value)
+
+
+@pytest.mark.parametrize("size", ["1", "0", "-2"])
+def test_a_group_of_one_has_nobody_to_learn_from(
+    parser: argparse.ArgumentParser, size: str
+) -> None:
+    with pytest.raises(UserError, match="--expert-group-size must be at least 2"):
+        options(parser, f"--expert-group-size={size}")
 
 
 def test_gaussian_start_excludes_bias_correction(parser: argparse.ArgumentParser) -> None:

@@ -62,7 +62,7 @@ def test_a_routing_of_indices_is_refused(one_rank: None, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dispatcher", [None, types.SimpleNamespace()], ids=["none", "another"])
 def test_a_dispatcher_that_shows_nothing_is_refused(one_rank: None, dispatcher: Any) -> None:
     with pytest.raises(UserError, match=r"--moe-token-dispatcher-type .* use alltoall"):
-        connect(dispatcher, build_layer().router)
+        connect(dispatcher, build_layer().router, None)
 
 
 def test_no_callback_where_pretrain_takes_none() -> None:

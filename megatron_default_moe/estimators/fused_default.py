@@ -13,8 +13,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_default_moe.estimators.default import DefaultMoERouter
 from megatron_default_moe.kernels import sums, term
-from megatron_default_moe.layers.default_router import DefaultMoERouter
 from megatron_default_moe.layers.step_sums import StepSums
 from megatron_default_moe.maths import functional
 

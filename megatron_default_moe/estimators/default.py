@@ -34,6 +34,7 @@ class DefaultMoERouter(ObservedTopKRouter):
     running step are buffers too, but not checkpointed: they are zero between steps.
     """
 
+    gives_scores_gradient = True
     fp32_buffers = (*ObservedTopKRouter.fp32_buffers, "default_vectors", "local_sums")
     checkpointed = ("default_vectors", "default_vector_updates")
 
@@ -89,6 +90,11 @@ class DefaultMoERouter(ObservedTopKRouter):
             or config.moe_router_padding_for_quantization
             or config.moe_token_dispatcher_type == "flex"
         )
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether this forward pass gives the scores a gradient."""
+        return self.uses_vectors
 
     @property
     def uses_vectors(self) -> bool:

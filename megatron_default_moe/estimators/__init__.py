@@ -1,0 +1,1 @@
+"""The estimators of the router gradient: a file each, and the table that names them."""
