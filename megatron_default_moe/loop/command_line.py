@@ -111,7 +111,7 @@ def build_model_config(args: Any, options: Any) -> Any:
 
     try:
         transformer = core_transformer_config_from_args(args)
-        attach(transformer, options, commit="after-step")
+        attach(transformer, options, commit="after-step", warn=False)
         return gpt_config_from_args(
             args, config=transformer, model_config_cls=DefaultMoEGPTModelConfig
         )
@@ -138,7 +138,7 @@ def prepare(
     Raises:
         UserError: a mistake in the flags or files.
     """
-    ranks.prepare()
+    ranks.prepare(os.environ)
     on_cpu = runtime.needed()
     if on_cpu:
         ranks.refuse_broken_gpu(os.environ)

@@ -68,7 +68,7 @@ def prepare(args: Any, model_config: GPTModelConfig) -> DefaultMoEGPTModelConfig
                 f"--moe-router-gradient builds Megatron's plain GPT model, and these flags ask for"
                 f" a {type(model_config).__name__}: drop the ModelOpt flags"
             )
-        attach(model_config.transformer, start(args, options), commit="after-step")
+        attach(model_config.transformer, start(args, options), commit="after-step", warn=False)
     except UserError as error:
         sys.exit(errors.report(error))
     names = [field.name for field in dataclasses.fields(model_config)]

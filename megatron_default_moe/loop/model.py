@@ -26,6 +26,7 @@ def attach(
     options: RouterGradientConfig,
     *,
     commit: Literal["after-step", "at-finalize"] | None = None,
+    warn: bool = True,
 ) -> TransformerConfig:
     """Validate the options against a TransformerConfig and hook them into it.
 
@@ -40,6 +41,7 @@ def attach(
             :func:`megatron_default_moe.commit`). ``at-finalize``: the finalisation itself, for
             loops that cannot; not exact under reruns and skipped steps. None: ``after-step`` if
             ``patches.install`` has been called, ``at-finalize`` if not.
+        warn: False if the arguments were checked before, which said what there is to warn of.
 
     Returns:
         The same config.
@@ -47,7 +49,7 @@ def attach(
     Raises:
         UserError: a combination that does not work, as one sentence naming the flag.
     """
-    support.check(transformer_config, options)
+    support.check(transformer_config, options, warn=warn)
     if commit is None:
         commit = "after-step" if patches.installed() else "at-finalize"
     finalize = {

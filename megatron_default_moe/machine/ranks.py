@@ -7,10 +7,9 @@ broken, and a run on the CPU begins; some ranks have a GPU and others have none.
 
 import contextlib
 import datetime
-import os
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def _refuse_missing(environment: Mapping[str, str], names: Sequence[str]) -> Non
         raise UserError(f"{text} is set and {', '.join(missing)} is not: {_WAY_OUT}")
 
 
-def prepare(environment: Any = os.environ) -> None:
+def prepare(environment: MutableMapping[str, str]) -> None:
     """Make this process a rank: the one it was started as, or the only one of its run.
 
     Args:

@@ -6,13 +6,15 @@ A config file holds Megatron's (and this package's) flags by name, without the l
     moe-router-pre-softmax: true
     moe-router-load-balancing-type: [global_aux_loss]
 
-``true`` sets a switch, ``false`` clears it, ``null`` is as if the line were not there; environment
-variables are read as ``${oc.env:NAME}``. ``base: other.yaml`` takes the lines of another file, by
-its path from this one, for which this file's own lines win. The command line wins over all files.
+``true`` sets a switch, ``false`` clears it, ``null`` is as if the line were not there; every other
+value reaches its flag as it is written (``1.10`` and ``0123`` may be names). Environment variables
+are read as ``${oc.env:NAME}``. ``base: other.yaml`` takes the lines of another file, by its path
+from this one, for which this file's own lines win. The command line wins over all files.
 ``--config`` also takes the name of an example (``examples``) where no file of that name is.
 """
 
 import argparse
+import dataclasses
 import difflib
 import pathlib
 import re
@@ -139,29 +141,82 @@ def _lines_of_file(
     return lines
 
 
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """A plain ``true`` or ``false`` (or ``yes``, ``no``, ``on``, ``off``) in a file."""
+
+    on: bool
+    text: str
+
+    def __str__(self) -> str:
+        """Return what is written there, for a flag that takes a value."""
+        return self.text
+
+
 def _load(path: pathlib.Path) -> dict[Any, Any]:
-    """What a YAML file holds, environment variables filled in."""
+    """What a YAML file holds, environment variables filled in: `Truth`, None, text, or lists."""
     import omegaconf
     import yaml
 
     try:
-        loaded = omegaconf.OmegaConf.load(path)
-        values = omegaconf.OmegaConf.to_container(loaded, resolve=True)
+        text = path.read_text(encoding="utf-8")
+        loaded = yaml.load(text, Loader=_text_loader())
+        written = {} if loaded is None else loaded
+        if not isinstance(written, dict):
+            raise UserError(f"--config {path}: the file must hold lines of the form 'flag: value'")
+        config = omegaconf.OmegaConf.create(written)
+        values: Any = omegaconf.OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.InterpolationResolutionError as error:
         raise UserError(f"--config {path}: {_one_line(error)}") from error
     except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not a valid YAML file ({_one_line(error)})") from error
     except OSError as error:
-        # OmegaConf raises one of its own, without an error number, for a file without lines.
-        if error.strerror is None:
-            values = None
-        else:
-            raise UserError(
-                f"--config {path}: the file cannot be read ({error.strerror})"
-            ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: the file must hold lines of the form 'flag: value'")
-    return values
+        raise UserError(f"--config {path}: the file cannot be read ({error.strerror})") from error
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    nodes = {key.value: value for key, value in node.value} if node else {}
+    return {key: _as_written(value, nodes.get(str(key))) for key, value in values.items()}
+
+
+def _as_written(value: Any, node: Any) -> Any:
+    """Give truth values the text that they were written as."""
+    if isinstance(value, list):
+        nodes = node.value if isinstance(getattr(node, "value", None), list) else []
+        padded = [*nodes, *[None] * (len(value) - len(nodes))]
+        return [_as_written(item, one) for item, one in zip(value, padded, strict=True)]
+    if not isinstance(value, bool):
+        return value
+    text = getattr(node, "value", None)
+    # Taken over from another line (`${other}`), it has no text of its own.
+    plain = isinstance(text, str) and "$" not in text
+    return Truth(value, text if isinstance(text, str) and plain else str(value).lower())
+
+
+def _text_loader() -> Any:
+    """A YAML loader to which a plain word is text, but for ``null`` and truth values.
+
+    Megatron's flags have types of their own: as numbers, ``1.10`` would lose a digit and ``0123``
+    be octal. A key that is there twice is an error.
+    """
+    import yaml
+
+    kept = {"tag:yaml.org,2002:null", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:merge"}
+
+    class TextLoader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
+            first: [(tag, form) for tag, form in resolvers if tag in kept]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"found duplicate key {key}", node.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
+    return TextLoader
 
 
 def _one_line(error: Exception) -> str:
@@ -171,15 +226,20 @@ def _one_line(error: Exception) -> str:
 def _flag(parser: argparse.ArgumentParser, path: pathlib.Path, key: str, value: Any) -> list[str]:
     """The command line form of one line of the file."""
     name = "--" + key.removeprefix("--").replace("_", "-")
+    if name == "--config" and value is not None:
+        raise UserError(
+            f"--config {path}: config inside of a file is not read; write base: {value} (its path"
+            " from this file) for one file that this one builds on, or give --config several times"
+        )
     action = parser._option_string_actions.get(name)
     if action is None:
         raise UserError(f"--config {path}: {key} is not a flag{_nearest(parser, name)}")
     if value is None:
         return []
     if action.nargs == 0:
-        if not isinstance(value, bool):
+        if not isinstance(value, Truth):
             raise UserError(f"--config {path}: {key} is a switch, write true or false")
-        if value:
+        if value.on:
             return [name]
         # A plain switch is off unless it is set; one with a --no- form may be on.
         negative = name.replace("--no-", "--", 1)
@@ -188,9 +248,10 @@ def _flag(parser: argparse.ArgumentParser, path: pathlib.Path, key: str, value: 
         return [negative] if negative in action.option_strings else []
     if isinstance(value, list):
         if action.nargs is None:
+            text = ", ".join(map(str, value))
             raise UserError(
                 f"--config {path}: {key} takes one value; write a list that is meant as text in"
-                f' quotes: {key}: "{value}"'
+                f' quotes: {key}: "[{text}]"'
             )
         return [name, *(str(item) for item in value)]
     text = str(value)

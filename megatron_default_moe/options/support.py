@@ -250,6 +250,22 @@ RULES: tuple[Rule, ...] = (
         topk_too=True,
     ),
     Rule(
+        "--init-model-with-meta-device with --default-vector-init gaussian",
+        "refused",
+        "--init-model-with-meta-device builds the model without memory, where the random numbers of"
+        " --default-vector-init gaussian have no place: use --default-vector-init zeros (the"
+        " checkpoint's own vectors are loaded either way), or drop --init-model-with-meta-device",
+        lambda s: s.init_model_with_meta_device and s.options.init == "gaussian",
+    ),
+    Rule(
+        "--freeze-all-layers",
+        "refused",
+        "--freeze-all-layers does not reach the models of Megatron's builder, and every layer would"
+        " be trained: drop it; to evaluate and train nothing, --skip-train",
+        lambda s: s.freeze_all_layers,
+        topk_too=True,
+    ),
+    Rule(
         "--spec other than megatron_default_moe default_moe_spec",
         "refused",
         "--spec names layers of its own, which would train without default vectors: drop it,"

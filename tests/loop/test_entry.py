@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import entering
 import pytest
 
 from megatron_default_moe import DefaultMoEGPTModelConfig, UserError
-from megatron_default_moe.loop import entry, patches
+from megatron_default_moe.loop import command_line, entry, patches
 from megatron_default_moe.options import support
 from megatron_default_moe.options.config import options_from_args
 
@@ -97,6 +98,29 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys: pytest.CaptureFixture
     assert said.startswith("error: --moe-router-score-function ")
     assert said.count("\n") == 1
     assert not patches.installed()
+
+
+SIGMOID = "--moe-router-score-function sigmoid"
+RUN = f"{FLAGS} --seq-length 16 --max-position-embeddings 16 --micro-batch-size 1 --mock-data"
+RUN += " --tokenizer-type NullTokenizer --vocab-size 31 --lr 1e-3 --eval-iters 0"
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["this entry", "a script's"])
+def test_a_warning_is_said_once(
+    own: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arguments are checked, and then the config that is made of them."""
+    if own:
+        args, options = entering.prepare(monkeypatch, f"{RUN} {SIGMOID}")
+        command_line.build_model_config(args, options)
+    else:
+        args = parsed(f"{FLAGS} {SIGMOID}")
+        stock = stock_config(args)
+        stock.transformer.moe_router_score_function = "sigmoid"
+        entry.prepare(args, stock)
+    said = [record for record in caplog.records if record.name == support.__name__]
+    assert len(said) == 1
+    assert SIGMOID.split()[0] in said[0].getMessage()
 
 
 def test_another_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

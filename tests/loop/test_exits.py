@@ -8,11 +8,11 @@ if no folder takes the file. An assertion of this package is no refusal of Megat
 import errno
 import os
 import pathlib
-import sys
 import tempfile
 from types import SimpleNamespace
 from typing import Any
 
+import entering
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
@@ -142,9 +142,7 @@ def test_an_assertion_of_ours_is_no_refusal_of_megatrons(monkeypatch: pytest.Mon
         " --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --disable-bias-linear"
         " --tokenizer-type NullTokenizer --vocab-size 31 --lr 1e-3 --eval-iters 0"
     )
-    monkeypatch.setattr(sys, "argv", ["pretrain"])
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    args, options = command_line.prepare(argv.split())
+    args, options = entering.prepare(monkeypatch, argv)
 
     def refused() -> str:
         with pytest.raises(UserError) as error:
@@ -154,10 +152,14 @@ def test_an_assertion_of_ours_is_no_refusal_of_megatrons(monkeypatch: pytest.Mon
     args.tensor_model_parallel_size = 3  # Which does not divide the heads, says Megatron's config.
     assert refused().startswith("Megatron refuses these arguments: ")
     args.tensor_model_parallel_size = 1
-    monkeypatch.setattr(model.support, "check", lambda *_: (_ for _ in ()).throw(UserError("ours")))
+    monkeypatch.setattr(
+        model.support, "check", lambda *_, **__: (_ for _ in ()).throw(UserError("ours"))
+    )
     assert refused() == "ours"
 
     present = "finalize_model_grads_func"
-    monkeypatch.setattr(model.support, "check", lambda config, _: setattr(config, present, len))
+    monkeypatch.setattr(
+        model.support, "check", lambda config, *_, **__: setattr(config, present, len)
+    )
     with pytest.raises(AssertionError, match="is already"):
         command_line.build_model_config(args, options)

@@ -184,6 +184,10 @@ TRIGGERS = {
     "--init-model-with-meta-device without a checkpoint": [
         f"{GOOD} --init-model-with-meta-device",
     ],
+    "--init-model-with-meta-device with --default-vector-init gaussian": [
+        f"{GOOD} --init-model-with-meta-device --load saved --default-vector-init gaussian",
+    ],
+    "--freeze-all-layers": [f"{GOOD} --freeze-all-layers"],
     "--spec other than megatron_default_moe default_moe_spec": [
         f"{GOOD} --spec my_layers my_spec",
         f"{GOOD} --spec megatron_default_moe another_spec",
