@@ -5,7 +5,7 @@ vectors (``default-moe calibrate``), and goes on from it in several ways over th
 table shows the validation loss after 0, 50 and 200 further steps. One process, no launcher. Parts
 that are done are not done again; the logs are in the run's folder.
 
-    python bench/fade_in.py --seeds 1 2
+    python bench/fade_in.py
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=pathlib.Path, default=ROOT / "runs" / "fade_in")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
     prepare_stdlib(args.run_dir / "data")
     seeds = {seed: measure(args.run_dir / f"seed-{seed}", seed) for seed in args.seeds}
