@@ -19,17 +19,13 @@ from megatron_default_moe.cpu import flag_choices, runtime
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.machine import ranks
 from megatron_default_moe.machine.versions import check_version
-from megatron_default_moe.options import layout, support
+from megatron_default_moe.options import layout, numbers, support
 from megatron_default_moe.options.config import (
     RouterGradientConfig,
     add_router_gradient_args,
     options_from_args,
 )
-from megatron_default_moe.options.flags import (
-    OneSentenceParser,
-    expand_config,
-    refuse_empty_sizes,
-)
+from megatron_default_moe.options.flags import OneSentenceParser, expand_config
 from megatron_default_moe.options.settings import Settings
 
 
@@ -161,7 +157,11 @@ def prepare(
     else:
         argv = without_missing_kernel(argv)
     parsed = parser.parse_args(argv)
-    refuse_empty_sizes(parsed)
+    numbers.refuse_impossible(parsed)
+    added = numbers.complete_training(parsed)
+    if added:
+        argv = [*argv, *added]
+        parsed = parser.parse_args(argv)
     options = options_from_args(parsed)
     support.check(parsed, options)
     _refuse_layout(parsed, options)

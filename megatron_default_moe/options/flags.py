@@ -31,7 +31,7 @@ class OneSentenceParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence instead of Megatron's whole usage.
 
     It also mends two slips of upstream's own flags: help texts with a bare percent sign, and types
-    that answer an unknown name with KeyError, which argparse does not catch.
+    that raise what argparse does not catch (KeyError for an unknown name, anything for a pattern).
     """
 
     def format_help(self) -> str:
@@ -50,6 +50,12 @@ class OneSentenceParser(argparse.ArgumentParser):
             )
             known = f" (choose from {names})" if names else ""
             raise argparse.ArgumentError(action, f"invalid choice: {arg_string!r}{known}") from None
+        except (argparse.ArgumentError, UserError):
+            raise
+        except Exception as error:
+            # A pattern is evaluated as Python, and may fail in every way that Python can.
+            reason = f"invalid value: {arg_string!r} ({_one_line(error)})"
+            raise argparse.ArgumentError(action, reason) from None
 
     def error(self, message: str) -> Never:
         """Raise what argparse would print.
@@ -257,34 +263,3 @@ def _flag(parser: argparse.ArgumentParser, path: pathlib.Path, key: str, value: 
     text = str(value)
     # As one word, a value with a leading dash is no flag.
     return [f"{name}={text}"] if text.startswith("-") else [name, text]
-
-
-SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "context_parallel_size",
-    "micro_batch_size",
-    "global_batch_size",
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "seq_length",
-)
-"""What Megatron divides by, or builds nothing from if it is zero."""
-
-
-def refuse_empty_sizes(args: argparse.Namespace) -> None:
-    """Refuse a size of a model or a layout that is zero or negative.
-
-    Args:
-        args: Megatron's arguments, parsed and not yet validated.
-
-    Raises:
-        UserError: with the flag.
-    """
-    for name in SIZES:
-        size = getattr(args, name)
-        if size is not None and size < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {size}")

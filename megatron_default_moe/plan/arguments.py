@@ -23,7 +23,8 @@ from megatron_default_moe.machine.doctor import RECIPES
 from megatron_default_moe.options import layout as layout_rules
 from megatron_default_moe.options import support
 from megatron_default_moe.options.config import RouterGradientConfig, options_from_args
-from megatron_default_moe.options.flags import expand_config, refuse_empty_sizes
+from megatron_default_moe.options.flags import expand_config
+from megatron_default_moe.options.numbers import refuse_impossible
 from megatron_default_moe.options.settings import Settings
 from megatron_default_moe.plan.cards import Card
 
@@ -151,7 +152,7 @@ def parse(argv: list[str], gpus: int) -> argparse.Namespace:
 
     parser = command_line.build_parser()
     argv = expand_config(parser, argv)
-    refuse_empty_sizes(parser.parse_args(argv))
+    refuse_impossible(parser.parse_args(argv))
     with quiet(), _replaced(sys, "argv", ["plan", *argv]):
         args = parse_args(command_line.add_flags)
     args.rank, args.world_size = 0, gpus

@@ -388,11 +388,3 @@ def test_without_its_kernel_fused_gradient_accumulation_is_turned_off(
     argv, _ = command_line.prepare(ON_A_GPU.split())
     assert command_line.build_parser().parse_args(argv).gradient_accumulation_fusion == there
     assert ("> chosen: --no-gradient-accumulation-fusion (" in capsys.readouterr().out) != there
-
-
-@pytest.mark.parametrize("name", flags.SIZES)
-def test_a_size_below_one_is_refused(parser: argparse.ArgumentParser, name: str) -> None:
-    flag = f"--{name.replace('_', '-')}"
-    flags.refuse_empty_sizes(parser.parse_args([flag, "1"]))
-    with pytest.raises(UserError, match=f"{flag} must be at least 1, not 0"):
-        flags.refuse_empty_sizes(parser.parse_args([flag, "0"]))
