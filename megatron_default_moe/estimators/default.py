@@ -35,8 +35,12 @@ class DefaultMoERouter(ObservedTopKRouter):
     """
 
     gives_scores_gradient = True
-    fp32_buffers = (*ObservedTopKRouter.fp32_buffers, "default_vectors", "local_sums")
-    checkpointed = ("default_vectors", "default_vector_updates")
+    fp32_buffers: tuple[str, ...] = (
+        *ObservedTopKRouter.fp32_buffers,
+        "default_vectors",
+        "local_sums",
+    )
+    checkpointed: tuple[str, ...] = ("default_vectors", "default_vector_updates")
 
     def __init__(
         self,

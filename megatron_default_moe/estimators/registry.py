@@ -14,6 +14,7 @@ CAPABILITIES = (9, 10)
 _ROUTERS = {
     "topk": "layers.observed_router:ObservedTopKRouter",
     "default": "estimators.default:DefaultMoERouter",
+    "default-linear": "estimators.default_linear:DefaultLinearRouter",
     "dense": "estimators.dense:DenseRouter",
     "sparsemixer": "estimators.sparsemixer:SparseMixerRouter",
     "sparsemixer-v2": "estimators.sparsemixer:SparseMixerV2Router",

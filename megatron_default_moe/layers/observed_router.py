@@ -11,7 +11,7 @@ only. What an estimator may declare: ``gives_scores_gradient``, ``chooses``, ``n
     balance           the losses attached to the probabilities of its own choice
     observe_experts   the local experts' rows pass by
     finish_output     the routed experts' combined output passes by
-    step_parts        what the step's one all-reduce adds up
+    step_parts        what the step's one all-reduce adds up (``own_parts``: beside the load)
     take_step         the step was taken: state changes here and nowhere else
 """
 
@@ -85,6 +85,8 @@ class ObservedTopKRouter(TopKRouter):
         self.counted_passes = 0
         # The all-reduced sums of the running step, between gradient finalisation and commit.
         self.pending: StepSums | None = None
+        # The estimator's own part of them.
+        self.pending_own: Tensor | None = None
         # ``StepSums.load`` over all layers of the model, where ``model_wide``.
         self.model_load: Tensor | None = None
         # layer_metrics of the last step, if it was taken and is logged.
@@ -172,6 +174,11 @@ class ObservedTopKRouter(TopKRouter):
         self.routed_scores = scores_TE if self.gives_scores_gradient else scores_TE.detach()
         self.routed_probs = probs_TE.detach()
         return probs_TE, map_TE
+
+    @property
+    def own_sums(self) -> int:
+        """Length of the estimator's own part of the step's sums."""
+        return 0
 
     @property
     def uses_scores(self) -> bool:
@@ -362,6 +369,14 @@ class ObservedTopKRouter(TopKRouter):
             flat: [StepSums.numel] this layer's part of the buffer that is all-reduced.
         """
         return [(flat[-self.local_stats.numel() :], self.local_stats)]
+
+    def own_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pair the parts of the estimator's own sums with the local ones that go there.
+
+        Args:
+            flat: [own_sums] float32.
+        """
+        return []
 
     @classmethod
     def take_step(cls, taking: "Sequence[ObservedTopKRouter]") -> None:

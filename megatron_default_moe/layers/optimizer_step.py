@@ -81,13 +81,19 @@ def reduce_step_sums(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None
 
 def _reduce_stage(training: list[ObservedTopKRouter]) -> None:
     """Add up the sums of some layers over their pipeline stage."""
-    sizes = [StepSums.numel(router.num_experts, router.vector_width) for router in training]
+    sizes = [
+        part
+        for router in training
+        for part in (StepSums.numel(router.num_experts, router.vector_width), router.own_sums)
+    ]
     buffer = training[0].local_stats.new_zeros(sum(sizes))
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for router, flat in zip(training, buffer.split(sizes), strict=True):
+    flats = buffer.split(sizes)
+    for router, flat, own in zip(training, flats[::2], flats[1::2], strict=True):
         router.counted_passes = 0
         router.pending = StepSums.view(flat, router.num_experts, router.vector_width)
-        parts += router.step_parts(flat)
+        router.pending_own = own
+        parts += [*router.step_parts(flat), *router.own_parts(own)]
     places, sums = zip(*parts, strict=True)
     torch._foreach_copy_(places, sums)
     torch._foreach_zero_(sums)

@@ -76,6 +76,8 @@ class _DefaultMoEDispatch:
     unobserved: type
     """Megatron's class, for a dispatch that the router does not see."""
     _expert_rows: tuple[Tensor, Tensor] | None = None
+    expert_inputs: Tensor | None = None
+    """[R, H] the tokens that the local experts got, for a router that needs them."""
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -93,7 +95,9 @@ class _DefaultMoEDispatch:
         result: tuple[Any, ...] = super().dispatch_postprocess(  # type: ignore[misc]
             hidden_states, probs
         )
-        _, tokens_per_expert, permuted_probs = result
+        inputs, tokens_per_expert, permuted_probs = result
+        if self.router.needs_tokens:
+            self.expert_inputs = inputs.detach()
         self._expert_rows = (tokens_per_expert, permuted_probs)
         return result
 
@@ -102,6 +106,7 @@ class _DefaultMoEDispatch:
         assert self._expert_rows is not None, "combine_preprocess without dispatch_postprocess"
         (tokens_per_expert, probs), self._expert_rows = self._expert_rows, None
         self.router.observe_experts(hidden_states, tokens_per_expert, probs)
+        self.expert_inputs = None
         return super().combine_preprocess(hidden_states)  # type: ignore[misc]
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class RouterGradientConfig:
     gradient: Literal[
         "topk",
         "default",
+        "default-linear",
         "dense",
         "sparsemixer",
         "sparsemixer-v2",
@@ -95,6 +96,18 @@ class RouterGradientConfig:
     of the default vectors sum to one. Megatron divides by the sum over the chosen experts (with
     --moe-router-topk 1, by nothing). Changes the weights of the experts in topk training too."""
 
+    linear_rank: int = _flag(16, "default-linear-rank")
+    """For default-linear: features of a token, made by a random projection (r)."""
+
+    linear_ridge: float = _flag(0.1, "default-linear-ridge")
+    """For default-linear: added to the diagonal of the features' covariance, in units of its
+    mean."""
+
+    linear_anchor: Literal["scaled", "full", "none"] = _flag("scaled", "default-linear-anchor")
+    """For default-linear: how much of what the used expert's prediction missed is added to the
+    other experts' predictions: all of it, none, or in proportion to the share of the used experts'
+    terms that predictions explain."""
+
     mask_width: float = _flag(0.1, "sparsemixer-mask-width")
     """For sparsemixer and sparsemixer-v2: how far below the best logit an expert may be drawn,
     relative to the two logits' magnitudes (the paper's r)."""
@@ -145,6 +158,7 @@ class RouterGradientConfig:
                 " --default-vector-fade-in"
             )
         for flag, value, low, high, what in (
+            ("--default-linear-ridge", self.linear_ridge, 0.0, math.inf, "a share of the mean"),
             ("--moe-loss-free-bias", self.loss_free_bias, 0.0, 1.0, "a step of the bias"),
             ("--sparsemixer-mask-width", self.mask_width, 0.0, 1.0, "a relative distance"),
             ("--remoe-lambda", self.remoe_lambda, 0.0, math.inf, "the weight of a loss"),
@@ -156,6 +170,11 @@ class RouterGradientConfig:
             raise UserError(
                 f"--remoe-factor must be above 1, not {self.remoe_factor}: the weight of the loss"
                 " grows by it (1.2 by default)"
+            )
+        if self.linear_rank < 0:
+            raise UserError(
+                f"--default-linear-rank must be at least 0, not {self.linear_rank}: it is a number"
+                " of features"
             )
         if self.expert_group_size < 2:
             raise UserError(

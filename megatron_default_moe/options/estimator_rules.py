@@ -1,6 +1,6 @@
 """The rows of the support table that are about estimators other than topk and default."""
 
-from megatron_default_moe.options.rule import Rule, chooses, named, without_vectors
+from megatron_default_moe.options.rule import Rule, beyond_default, chooses, named
 
 ESTIMATOR_RULES: tuple[Rule, ...] = (
     Rule(
@@ -9,7 +9,7 @@ ESTIMATOR_RULES: tuple[Rule, ...] = (
         "--moe-router-score-function: only --moe-router-gradient topk and default take sigmoid and"
         " sqrtsoftplus; drop the flag, which leaves softmax (remoe has a gate of its own)",
         lambda s: s.score != "softmax" or s.options.normalized_gate,
-        only=without_vectors,
+        only=beyond_default,
     ),
     Rule(
         "--moe-router-gradient sparsemixer with --moe-router-topk above 1",
@@ -132,20 +132,37 @@ ESTIMATOR_RULES: tuple[Rule, ...] = (
             s.overlap_moe_expert_parallel_comm
             or (s.graph_impl != "none" and "moe_router" in s.graph_modules)
         ),
-        only=without_vectors,
+        only=beyond_default,
     ),
     Rule(
         "--default-vector-kernels with an estimator other than default",
         "refused",
         "--default-vector-kernels are the kernels of --moe-router-gradient default: drop the flag",
         lambda s: s.options.kernels,
-        only=without_vectors,
+        only=beyond_default,
     ),
     Rule(
         "--paper-default-moe with an estimator other than default",
         "refused",
         "--paper-default-moe is the preset of --moe-router-gradient default: drop one of the two",
         lambda s: s.paper_default_moe,
-        only=without_vectors,
+        only=beyond_default,
+    ),
+    Rule(
+        "--moe-router-gradient default-linear with options of the forward term",
+        "refused",
+        "--moe-router-gradient default-linear works in the backward pass alone, with vectors of the"
+        " step before: drop --default-vector-order before-use and --default-vector-fade-in, or use"
+        " --moe-router-gradient default",
+        lambda s: s.options.order == "before-use" or s.options.fade_in,
+        only=named("default-linear"),
+    ),
+    Rule(
+        "--moe-router-gradient default-linear with --moe-pad-expert-input-to-capacity",
+        "refused",
+        "--moe-pad-expert-input-to-capacity has not been verified with --moe-router-gradient"
+        " default-linear: drop the flag",
+        lambda s: s.moe_pad_expert_input_to_capacity,
+        only=named("default-linear"),
     ),
 )

@@ -58,6 +58,26 @@ ESTIMATORS: tuple[Estimator, ...] = (
         weights_unused=True,
     ),
     Estimator(
+        name="default-linear",
+        formula="forward as topk; unused j stands in as v_j(x) = Ê_j + C_j G_j^-1 (P x - z_j) +"
+        " delta (E_a(x) - v_a(x)), a the used expert",
+        source="ours; measured on planted experts",
+        when="experts that differ in how they depend on the token; backward only",
+        cost="a [T,D]x[D,N r] product backward, N solves of r x r a step; the step's all-reduce"
+        " grows by 4 N (1+r)(D+1+r) bytes a layer",
+        limits="N (1+r) D floats of state a layer; delta 1 (anchor full) can be worse than topk",
+        state="the default vectors', and moments [N, D, 1+r] and [N, 1+r, 1+r]",
+        checkpointed=(
+            "default_vectors",
+            "default_vector_updates",
+            "linear_cross",
+            "linear_moments",
+            "anchor_fit",
+        ),
+        vectors=True,
+        weights_unused=True,
+    ),
+    Estimator(
         name="dense",
         formula="forward as topk; dL/ds_j = pi_j (g_j - sum_i pi_i g_i), g_i = <dy, E_i(x)>, all i",
         source="DenseMixer's straight-through; estimators compared in Default MoE",

@@ -14,9 +14,9 @@ def with_vectors(estimator: Estimator) -> bool:
     return estimator.vectors
 
 
-def without_vectors(estimator: Estimator) -> bool:
-    """Those that do not."""
-    return not estimator.vectors
+def beyond_default(estimator: Estimator) -> bool:
+    """All but topk and default."""
+    return estimator.name not in ("topk", "default")
 
 
 def weighs_unused(estimator: Estimator) -> bool:

@@ -39,6 +39,9 @@ MODELS = {
     "deepseek": "--num-experts 8 --moe-router-topk 2 --moe-router-score-function sigmoid"
     " --default-vector-normalized-gate --moe-router-enable-expert-bias"
     " --moe-router-num-groups 2 --moe-router-group-topk 1 --moe-router-topk-scaling-factor 2.5",
+    "linear": "--moe-router-gradient default-linear --default-linear-rank 5 --moe-router-topk 2",
+    "linear-k1": "--moe-router-gradient default-linear --default-linear-rank 5"
+    " --default-vector-weighting uniform",
     "dense": "--moe-router-gradient dense --moe-router-topk 2",
     "dense-k1": "--moe-router-gradient dense",
     "sparsemixer": "--moe-router-gradient sparsemixer --sparsemixer-mask-width 0.9",
@@ -56,6 +59,8 @@ MODELS = {
 }
 """Flags of the models, each of which has a one-rank reference."""
 ESTIMATORS: dict[str, tuple[str, ...]] = {
+    "linear": ("dp2 ep2", "tp2"),
+    "linear-k1": (),
     "dense": ("dp2 ep2", "tp2"),
     "dense-k1": (),
     "sparsemixer": ("dp2 ep2", "tp2"),

@@ -23,6 +23,7 @@ DESIGN_CHOICES = {
     "--moe-router-gradient": {
         "topk",
         "default",
+        "default-linear",
         "dense",
         "sparsemixer",
         "sparsemixer-v2",
@@ -32,6 +33,7 @@ DESIGN_CHOICES = {
     "--default-vector-weighting": {"router", "uniform"},
     "--default-vector-order": {"after-use", "before-use"},
     "--default-vector-init": {"zeros", "gaussian"},
+    "--default-linear-anchor": {"scaled", "full", "none"},
 }
 SWITCHES = [
     "--default-vector-in-forward",
@@ -51,6 +53,8 @@ DESIGN_FLAGS = {
     "--default-vector-fade-in",
     "--paper-default-moe",
     "--moe-loss-free-bias",
+    "--default-linear-rank",
+    "--default-linear-ridge",
     "--sparsemixer-mask-width",
     "--expert-group-size",
     "--remoe-lambda",
@@ -70,6 +74,9 @@ DEFAULTS = {
     "bias_correction": False,
     "normalized_gate": False,
     "loss_free_bias": None,
+    "linear_rank": 16,
+    "linear_ridge": 0.1,
+    "linear_anchor": "scaled",
     "mask_width": 0.1,
     "expert_group_size": 2,
     "expert_group_in_forward": False,
@@ -209,6 +216,9 @@ def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
         (["--default-vector-kernels"], "kernels", True),
         (["--default-vector-from-baseline"], "from_baseline", True),
         (["--moe-loss-free-bias", "0.0001"], "loss_free_bias", 0.0001),
+        (["--default-linear-rank", "4"], "linear_rank", 4),
+        (["--default-linear-ridge", "0.2"], "linear_ridge", 0.2),
+        (["--default-linear-anchor", "none"], "linear_anchor", "none"),
         (["--sparsemixer-mask-width", "0.3"], "mask_width", 0.3),
         (["--expert-group-size", "3"], "expert_group_size", 3),
         (["--expert-group-in-forward"], "expert_group_in_forward", True),
@@ -298,6 +308,7 @@ def test_a_fade_in_that_cannot_be(
     "flag",
     [
         "--moe-loss-free-bias",
+        "--default-linear-ridge",
         "--sparsemixer-mask-width",
         "--remoe-lambda",
         "--remoe-factor",
@@ -319,6 +330,11 @@ def test_an_upper_bound_is_out_of_range(
 ) -> None:
     with pytest.raises(UserError, match=rf"^{flag} must be"):
         options(parser, flag, value)
+
+
+def test_a_rank_is_not_negative(parser: argparse.ArgumentParser) -> None:
+    with pytest.raises(UserError, match="--default-linear-rank must be at least 0"):
+        options(parser, "--default-linear-rank=-1")
 
 
 @pytest.mark.parametrize("size", ["1", "0", "-2"])

@@ -91,6 +91,13 @@ TRIGGERS = {
     "--default-vector-kernels with an estimator other than default": [
         f"{GOOD}{CHOICE}dense --default-vector-kernels",
     ],
+    "--moe-router-gradient default-linear with options of the forward term": [
+        f"{GOOD}{CHOICE}default-linear --default-vector-order before-use",
+        f"{GOOD}{CHOICE}default-linear --default-vector-fade-in 5",
+    ],
+    "--moe-router-gradient default-linear with --moe-pad-expert-input-to-capacity": [
+        f"{GOOD}{CHOICE}default-linear --moe-pad-expert-input-to-capacity",
+    ],
     "--paper-default-moe with an estimator other than default": [
         f"{GOOD}{CHOICE}dense --paper-default-moe",
     ],
