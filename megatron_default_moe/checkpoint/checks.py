@@ -1,8 +1,8 @@
 """What is checked of a checkpoint before Megatron loads it, so that nothing fails half-way.
 
 A damaged checkpoint, one of another model, and one without default vectors are each refused in one
-sentence before any work is done; nothing is overwritten. What Megatron would load is not refused:
-every comparison here is one that Megatron's own loading ends in an exception for.
+sentence before any work is done; nothing is overwritten. What the command line contradicts of what
+the checkpoint knows is refused or said (``contradictions.py``, ``schedule.py``).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import pickle
 import tempfile
 from typing import Any
 
-from megatron_default_moe.checkpoint import on_disk
+from megatron_default_moe.checkpoint import contradictions, on_disk, schedule
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.options.config import FADE_IN, RouterGradientConfig
 
@@ -24,21 +24,6 @@ VECTORS_KEY = "router.default_vectors"
 
 STEPS_KEY = "router.default_vector_steps"
 """End of the checkpoint keys of a fade-in's count of steps."""
-
-SHAPE_ARGS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_latent_size",
-    "mtp_num_layers",
-)
-"""Megatron's arguments that decide the shapes of the model, and so must be those of the checkpoint
-(Megatron's own check knows three of them)."""
 
 LAYOUT_ARGS = (
     "tensor_model_parallel_size",
@@ -62,7 +47,9 @@ class Source:
     """Named by --pretrained-checkpoint: weights only, as with --finetune."""
 
 
-def prepare_load(args: Any, options: RouterGradientConfig) -> RouterGradientConfig:
+def prepare_load(
+    args: Any, options: RouterGradientConfig, trains: bool = True
+) -> RouterGradientConfig:
     """Make sure that the checkpoint about to be loaded is whole, of this model, and has vectors.
 
     Rank 0 looks at the files: thousands of ranks asking for every file's length would be felt by a
@@ -71,6 +58,7 @@ def prepare_load(args: Any, options: RouterGradientConfig) -> RouterGradientConf
     Args:
         args: Megatron's arguments.
         options: the package's options.
+        trains: whether the run goes on to train, and so has iterations left.
 
     Returns:
         The options, with ``from_baseline`` only if a checkpoint without default vectors will be
@@ -82,9 +70,15 @@ def prepare_load(args: Any, options: RouterGradientConfig) -> RouterGradientConf
         UserError: the checkpoint cannot be loaded, and why; or it has no default vectors and nobody
             said it may.
     """
-    if any("://" in str(path or "") for path in (args.load, args.pretrained_checkpoint)):
-        # Object storage cannot be looked into here: the user's word counts.
-        return _gently(args, options) if options.from_baseline else options
+    if "://" in str(args.load or ""):
+        # Object storage cannot be looked into here, neither now nor when the run restarts from it.
+        if options.from_baseline:
+            raise UserError(
+                f"--default-vector-from-baseline cannot see whether --load {args.load} has default"
+                " vectors, and would start them again at every restart: save into a folder (--load"
+                " and --save) and name this one with --pretrained-checkpoint"
+            )
+        return options
     if args.non_persistent_ckpt_type == "local" and options.from_baseline:
         raise UserError(
             "--default-vector-from-baseline cannot see whether a checkpoint on local disks"
@@ -93,10 +87,14 @@ def prepare_load(args: Any, options: RouterGradientConfig) -> RouterGradientConf
     source = loaded_from(args)
     loads_vectors = dataclasses.replace(options, from_baseline=False)
     if source is None:
+        if "://" in str(args.pretrained_checkpoint or ""):
+            # The user's word counts, once: restarts are from --load.
+            return _gently(args, options) if options.from_baseline else options
+        _refuse_missing(args)
         return loads_vectors
     if os.environ.get("RANK", "0") == "0":
         _refuse_damage(args, source)
-        _refuse_another_run(args, source)
+        _refuse_another_run(args, source, trains)
     elif not options.uses_default_vectors:
         return loads_vectors
     names = _tensor_names(source)
@@ -110,10 +108,20 @@ def prepare_save(args: Any) -> None:
         args: Megatron's arguments.
 
     Raises:
-        UserError: the folder of --save cannot be made or written to.
+        UserError: the folder of --save cannot be made or written to, or its file that names the
+            latest iteration names none.
     """
     if not args.save or "://" in str(args.save) or os.environ.get("RANK", "0") != "0":
         return
+    tracker = pathlib.Path(args.save) / on_disk.TRACKER
+    if args.save_retain_interval is not None and tracker.is_file():
+        latest = tracker.read_text(errors="replace").strip()
+        if not latest.isdecimal():
+            raise UserError(
+                f"--save-retain-interval: {tracker} says {latest!r}, where Megatron needs the"
+                " number of an iteration after its first save: name another folder with --save, or"
+                " drop the flag"
+            )
     try:
         os.makedirs(args.save, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.save):
@@ -226,10 +234,45 @@ def loaded_from(args: Any) -> Source | None:
     if folder is not None:
         return Source(f"--load {args.load}", folder)
     pretrained = args.pretrained_checkpoint
-    folder = on_disk.folder_of(pretrained, step) if pretrained else None
+    local = pretrained and "://" not in str(pretrained)
+    folder = on_disk.folder_of(pretrained, step) if local else None
     if folder is None:
         return None
     return Source(f"--pretrained-checkpoint {pretrained}", folder, pretrained=True)
+
+
+def _refuse_missing(args: Any) -> None:
+    """Refuse a name without a checkpoint, where Megatron would go on with random weights.
+
+    A run that loads from where it saves has nothing there before its first save.
+
+    Raises:
+        UserError: nothing is there, and nothing will be.
+    """
+    if args.pretrained_checkpoint:
+        raise UserError(
+            f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint (no"
+            f" {on_disk.TRACKER}){_hint(args.pretrained_checkpoint)}"
+        )
+    if not args.load or args.non_persistent_ckpt_type == "local":
+        return
+    in_place = args.save and os.path.realpath(args.load) == os.path.realpath(args.save)
+    if in_place and not (args.finetune or args.skip_train):
+        return
+    raise UserError(
+        f"--load {args.load} holds no checkpoint (no {on_disk.TRACKER}), and the run would go on"
+        f" from random weights{_hint(args.load)}"
+    )
+
+
+def _hint(path: str) -> str:
+    named = pathlib.Path(path)
+    if named.name == "release" or named.name.startswith("iter_"):
+        return f": name the folder above, {named.parent}"
+    step = on_disk.newest_complete(named)
+    if step is not None:
+        return f": add --ckpt-step {step}, which is complete"
+    return ": name the folder that --save named, or leave the flag out for a new run"
 
 
 def _refuse_damage(args: Any, source: Source) -> None:
@@ -247,10 +290,10 @@ def way_out(source: Source) -> str:
     return f"the newest other complete checkpoint is of step {step}: add --ckpt-step {step}"
 
 
-def _refuse_another_run(args: Any, source: Source) -> None:
+def _refuse_another_run(args: Any, source: Source, trains: bool) -> None:
     """Refuse what Megatron would end in an exception for: model, optimizer, schedule."""
     folder = source.folder
-    if not (folder / on_disk.FORMAT).is_file():
+    if not ((folder / on_disk.FORMAT).is_file() or on_disk.older_files(folder)):
         return
     try:
         state = on_disk.common_state(folder)
@@ -270,19 +313,29 @@ def _refuse_another_run(args: Any, source: Source) -> None:
         or folder.name == "release"
         or getattr(saved, "no_save_optim", False)
     )
-    for name in SHAPE_ARGS:
+    contradictions.refuse(args, saved, folder, weights_only)
+    if on_disk.older_files(folder):
+        _refuse_another_layout(args, saved, folder)
+    elif not weights_only:
+        _refuse_another_optimizer(args, saved, state.get("content_metadata") or {}, folder)
+    if not weights_only:
+        schedule.refuse_another(args, state, folder)
+        if trains:
+            schedule.check_what_is_left(args, state, folder)
+    contradictions.say(args, saved, folder)
+
+
+def _refuse_another_layout(args: Any, saved: Any, folder: pathlib.Path) -> None:
+    """Refuse to look for files that are not there, after which Megatron ends with exit code 0."""
+    for name in LAYOUT_ARGS:
         now = getattr(args, name, None)
-        if weights_only and name == "mtp_num_layers" and not now:
-            continue  # Megatron leaves tensors alone that the model does not ask for.
         if hasattr(saved, name) and getattr(saved, name) != now:
             raise UserError(
                 f"--{name.replace('_', '-')} is {now}, but the checkpoint {folder} was saved with"
-                f" {getattr(saved, name)}: give that value (or --use-checkpoint-args), or start a"
-                " new run with another --load and --save"
+                f" {getattr(saved, name)}, in --ckpt-format torch, which can only be loaded in the"
+                " layout that saved it: give that value, or save it there with --ckpt-format"
+                " torch_dist first"
             )
-    if not weights_only:
-        _refuse_another_optimizer(args, saved, state.get("content_metadata") or {}, folder)
-        _refuse_another_schedule(args, state.get("opt_param_scheduler") or {}, folder)
 
 
 def _refuse_another_optimizer(
@@ -310,50 +363,3 @@ def _refuse_another_optimizer(
                 " there with --dist-ckpt-optim-fully-reshardable first, or start with a new"
                 " optimizer (--no-load-optim)"
             )
-
-
-def _refuse_another_schedule(args: Any, saved: dict[str, Any], folder: pathlib.Path) -> None:
-    """Refuse what ``OptimizerParamScheduler.load_state_dict`` would end in an assertion for."""
-    for name, (flag, now) in (_schedule(args) if saved else {}).items():
-        if name not in saved or saved[name] == now:
-            continue
-        if name in ("max_lr", "min_lr"):
-            raise UserError(
-                f"{flag} is {now}, but the checkpoint {folder} was saved with {saved[name]}, by"
-                " which Megatron finds its parameter groups: give that value, or start with a new"
-                " optimizer (--no-load-optim)"
-            )
-        if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
-            raise UserError(
-                f"{flag} makes {name} of the schedule {now}, but the checkpoint {folder} was saved"
-                f" with {saved[name]}: add --override-opt_param-scheduler to take the new schedule,"
-                " or --use-checkpoint-opt_param-scheduler to keep the old"
-            )
-
-
-def _schedule(args: Any) -> dict[str, tuple[str, Any]]:
-    """What the scheduler will compare, by its names, with the flag that decides it.
-
-    Mirrors Megatron's ``get_optimizer_param_scheduler``: in samples, from iterations or samples.
-    """
-    if args.train_iters:
-        unit, run, decay = args.global_batch_size, args.train_iters, args.lr_decay_iters
-        warmup, flag = args.lr_warmup_iters, "--train-iters"
-    else:
-        unit, run, decay = 1, args.train_samples, args.lr_decay_samples
-        warmup, flag = args.lr_warmup_samples, "--train-samples"
-    decay_steps = (decay or run) * unit
-    warmup_steps = warmup * unit
-    if args.lr_warmup_fraction is not None:
-        warmup_steps = args.lr_warmup_fraction * decay_steps
-    return {
-        "max_lr": ("--lr", args.lr),
-        "lr_warmup_steps": ("The warm-up", warmup_steps),
-        "lr_decay_steps": (flag if not decay else "The decay", decay_steps),
-        "min_lr": ("--min-lr", args.min_lr),
-        "lr_decay_style": ("--lr-decay-style", args.lr_decay_style),
-        "start_wd": ("--start-weight-decay", args.start_weight_decay),
-        "end_wd": ("--end-weight-decay", args.end_weight_decay),
-        "wd_incr_steps": (flag, run * unit),
-        "wd_incr_style": ("--weight-decay-incr-style", args.weight_decay_incr_style),
-    }

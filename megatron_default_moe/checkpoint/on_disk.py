@@ -1,4 +1,4 @@
-"""What is on disk of a ``torch_dist`` checkpoint, without loading it: names, shapes, damage."""
+"""What is on disk of a checkpoint, without loading it: names, shapes, damage."""
 
 import io
 import json
@@ -66,11 +66,28 @@ def index_of(folder: pathlib.Path) -> Any:
         return safe_pickle.read_index(stream, folder)
 
 
+def older_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files of the first tensor-parallel rank in ``--ckpt-format torch``, if it is that.
+
+    There is one for each pipeline stage and expert-parallel rank.
+    """
+    return sorted(folder.glob("mp_rank_00*/model_optim_rng.pt"))
+
+
 def keys(folder: pathlib.Path) -> set[str] | None:
-    """Return the tensor names of a ``torch_dist`` checkpoint, or None for other formats."""
-    if not (folder / INDEX).is_file():
+    """Return the tensor names of a checkpoint, or None for formats that are not known."""
+    if (folder / INDEX).is_file():
+        return set(index_of(folder).state_dict_metadata)
+    older = older_files(folder)
+    if not older:
         return None
-    return set(index_of(folder).state_dict_metadata)
+    names: set[str] = set()
+    for path in older:
+        state = safe_pickle.read_file(path)
+        for part, weights in state.items():
+            if part.startswith("model"):  # and a number, on an interleaved pipeline
+                names |= set(weights)
+    return names
 
 
 def damage(folder: pathlib.Path, torch_dist: bool = True) -> str | None:
@@ -82,10 +99,16 @@ def damage(folder: pathlib.Path, torch_dist: bool = True) -> str | None:
     Args:
         folder: of one iteration.
         torch_dist: the format that is expected; other formats of torch's have the same index, but
-            no file that names the format, and Megatron's older ones are not judged.
+            no file that names the format, and of Megatron's older one each file is opened.
     """
     if not folder.is_dir():
         return f"the folder {folder} is missing"
+    for path in older_files(folder):
+        try:
+            safe_pickle.read_file(path)
+        except Exception as error:
+            why = error if isinstance(error, pickle.UnpicklingError) else type(error).__name__
+            return f"the file {path} is damaged ({why})"
     if not (any(folder.glob("*.distcp")) or (folder / INDEX).exists() or _is_torch_dist(folder)):
         return None
     for name in (INDEX, FORMAT) if torch_dist else (INDEX,):
@@ -141,6 +164,9 @@ def common_state(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
         Exception: of many kinds, if the data is corrupt or names what a checkpoint has no use for.
     """
+    for path in older_files(folder)[:1]:
+        whole: dict[str, Any] = safe_pickle.read_file(path)
+        return whole
     if (folder / COMMON).is_file():  # Megatron before 0.18
         with (folder / COMMON).open("rb") as stream:
             older: dict[str, Any] = safe_pickle.read_state(stream, "cpu")

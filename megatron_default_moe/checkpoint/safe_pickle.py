@@ -107,20 +107,45 @@ def read_state(stream: Any, device: str | None = None) -> Any:
         pickle.UnpicklingError: it names a class that is neither torch's, nor of ``STATE_CLASSES``,
             nor an enum of a module that is already imported.
     """
-    import numpy
     import torch
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
     start = stream.tell()
+    allowed = _allowed(get_unsafe_globals_in_checkpoint(stream))
+    stream.seek(start)
+    with safe_globals(allowed):
+        return torch.load(stream, map_location=device, weights_only=True)
+
+
+def read_file(path: pathlib.Path) -> Any:
+    """Read a file of ``--ckpt-format torch`` as data; its tensors stay on disk until they are used.
+
+    Raises:
+        pickle.UnpicklingError: as :func:`read_state`.
+        Exception: of many kinds, if it is no whole archive.
+    """
+    import torch
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    with safe_globals(_allowed(get_unsafe_globals_in_checkpoint(path))):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _allowed(names: list[str]) -> list[Any]:
+    """What ``weights_only`` has to be told of these names, besides the dtypes of numpy.
+
+    Raises:
+        pickle.UnpicklingError: one of them is not harmless.
+    """
+    import numpy
+
     allowed: list[Any] = [kind for kind in vars(numpy.dtypes).values() if isinstance(kind, type)]
-    for name in get_unsafe_globals_in_checkpoint(stream):
+    for name in names:
         found = _harmless(name)
         if found is None:
             raise pickle.UnpicklingError(f"it names {name}, which no state of Megatron's holds")
         allowed.append((found, name))
-    stream.seek(start)
-    with safe_globals(allowed):
-        return torch.load(stream, map_location=device, weights_only=True)
+    return allowed
 
 
 def _harmless(name: str) -> Any:

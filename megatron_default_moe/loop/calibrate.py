@@ -61,7 +61,7 @@ def run(argv: list[str]) -> None:
     options = dataclasses.replace(
         options, from_baseline=True, init="zeros", order="after-use", beta=0.0, in_eval=True
     )
-    options = entry.start(args, options)
+    options = entry.start(args, options, trains=False)
     if not options.from_baseline:
         raise UserError(
             f"--load {args.load} has default vectors already: train on from it, or name the TopK"

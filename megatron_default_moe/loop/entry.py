@@ -75,8 +75,13 @@ def prepare(args: Any, model_config: GPTModelConfig) -> DefaultMoEGPTModelConfig
     return DefaultMoEGPTModelConfig(**{name: getattr(model_config, name) for name in names})
 
 
-def start(args: Any, options: RouterGradientConfig) -> RouterGradientConfig:
+def start(args: Any, options: RouterGradientConfig, trains: bool = True) -> RouterGradientConfig:
     """Everything that must be in place when ``pretrain`` is called, but the model's config.
+
+    Args:
+        args: Megatron's validated arguments.
+        options: the package's options.
+        trains: whether the run goes on to train.
 
     Returns:
         The options for the model's config (see ``checks.prepare_load``).
@@ -85,7 +90,7 @@ def start(args: Any, options: RouterGradientConfig) -> RouterGradientConfig:
         UserError: the checkpoint cannot be loaded, or has no default vectors and nobody said it
             may; or nothing can be saved.
     """
-    options = checks.prepare_load(args, options)
+    options = checks.prepare_load(args, options, trains)
     # Saved with the checkpoints: who resumes from them goes on with the same fade-in.
     args.default_vector_fade_in = options.fade_in
     checks.prepare_save(args)

@@ -136,6 +136,10 @@ class RouterGradientConfig:
     """Accept a checkpoint that has no default vectors (a plain Megatron one): they start as
     --default-vector-init says, with one warning."""
 
+    override: bool = _flag(False, "default-vector-override", action="store_const", const=True)
+    """Go on from a checkpoint with other values of the flags of this group than it was trained
+    with. Without it they are refused at resume."""
+
     fade_in_begins: bool = dataclasses.field(default=False, repr=False)
     """Not a flag: the checkpoint about to be loaded has default vectors and no count of the steps
     of a fade-in, which begins with it (``checks.prepare_load`` finds out)."""

@@ -129,7 +129,6 @@ def test_keys_of_other_formats_are_unknown(tmp_path: pathlib.Path) -> None:
     assert on_disk.keys(tmp_path) is None
     assert on_disk.keys(tmp_path / "absent") is None
     (tmp_path / "mp_rank_00").mkdir()
-    torch.save({"model": {}}, tmp_path / "mp_rank_00" / "model_optim_rng.pt")
     assert on_disk.keys(tmp_path) is None
 
 
@@ -226,8 +225,34 @@ def test_a_new_run_is_left_alone(
 ) -> None:
     options = RouterGradientConfig(from_baseline=from_baseline)
     assert untouched(arguments(), options, caplog)
-    assert untouched(arguments("--load", tmp_path), options, caplog)
-    assert untouched(arguments("--load", tmp_path / "absent"), options, caplog)
+    for name in (tmp_path, tmp_path / "absent"):
+        assert untouched(arguments("--load", name, "--save", name), options, caplog)
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--save", "elsewhere"), ("--finetune",), ("--skip-train",), ("both",)]
+)
+def test_a_name_without_a_checkpoint_is_refused(
+    arguments: Arguments, tmp_path: pathlib.Path, flags: tuple[str, ...]
+) -> None:
+    typo = tmp_path / "typo"
+    if flags == ("both",):
+        flags = ("--finetune", "--save", str(typo))
+    with pytest.raises(UserError, match=f"^--load {typo} holds no checkpoint .*: name the folder"):
+        checks.prepare_load(arguments("--load", typo, *flags), RouterGradientConfig())
+    given = arguments("--load", tmp_path / "run", "--pretrained-checkpoint", typo)
+    with pytest.raises(UserError, match=f"^--pretrained-checkpoint {typo} holds no checkpoint"):
+        checks.prepare_load(given, RouterGradientConfig())
+
+
+def test_a_name_without_a_checkpoint_is_corrected_where_one_is_near(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    folder = save(tmp_path, WITH_VECTORS, latest=False)
+    with pytest.raises(UserError, match=f"name the folder above, {tmp_path}$"):
+        checks.prepare_load(arguments("--load", folder), RouterGradientConfig())
+    with pytest.raises(UserError, match=r"add --ckpt-step 7"):
+        checks.prepare_load(arguments("--load", tmp_path), RouterGradientConfig())
 
 
 def test_an_unknown_format_is_left_to_megatron(
@@ -514,7 +539,13 @@ def test_another_batch_size_is_the_same_schedule_in_samples(
     ("changed", "flag", "way"),
     [
         (("--train-iters", 200), "--train-iters", "--override-opt_param-scheduler"),
-        (("--global-batch-size", 16), "The warm-up", "--override-opt_param-scheduler"),
+        (("--global-batch-size", 16), "--global-batch-size", "--override-opt_param-scheduler"),
+        (
+            ("--global-batch-size", 16, "--lr-warmup-iters", 4),
+            "The warm-up",
+            "--override-opt_param-scheduler",
+        ),
+        (("--lr-warmup-fraction", 0.3), "The warm-up", "--override-opt_param-scheduler"),
         (("--lr-warmup-iters", 20), "The warm-up", "--override-opt_param-scheduler"),
         (("--lr-decay-style", "cosine"), "--lr-decay-style", "--override-opt_param-scheduler"),
         (("--lr", 2e-3), "--lr", "--no-load-optim"),
@@ -575,10 +606,65 @@ def test_a_newer_checkpoint_that_does_not_persist_is_the_one(
     assert not returned.from_baseline, "the vectors would be lost"
 
 
-def test_object_storage_is_taken_at_the_users_word(arguments: Arguments) -> None:
+def test_object_storage_is_taken_at_the_users_word_once(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
     options = RouterGradientConfig(from_baseline=True)
-    found = checks.prepare_load(arguments("--load", "msc://bucket/run"), options)
-    assert found == dataclasses.replace(options, fade_in=config.FADE_IN)
+    flags = ("--save", tmp_path / "run", "--load", tmp_path / "run")
+    begin = arguments(*flags, "--pretrained-checkpoint", "msc://bucket/run")
+    gently = dataclasses.replace(options, fade_in=config.FADE_IN)
+    assert checks.prepare_load(begin, options) == gently
+    save(tmp_path / "run", WITH_VECTORS)
+    assert not checks.prepare_load(begin, options).from_baseline
+    with pytest.raises(UserError, match=r"start them again at every restart: save into a folder"):
+        checks.prepare_load(arguments("--load", "msc://bucket/run"), options)
+    checks.prepare_load(arguments("--load", "msc://bucket/run"), RouterGradientConfig())
+
+
+# --ckpt-format torch: files that name no format
+
+
+def older(tmp_path: pathlib.Path, names: Iterable[str], saved: Any = None) -> pathlib.Path:
+    """Write a checkpoint as Megatron's --ckpt-format torch does on two pipeline stages."""
+    folder = tmp_path / "iter_0000007"
+    for stage, part in enumerate(([], list(names))):
+        (folder / f"mp_rank_00_{stage:03d}").mkdir(parents=True)
+        state = {
+            "args": saved or argparse.Namespace(num_experts=8, hidden_size=32),
+            "iteration": 7,
+            "model": {name: torch.ones(2, 3) for name in part},
+            "optimizer": {"state": {0: torch.ones(6)}},
+        }
+        torch.save(state, folder / f"mp_rank_00_{stage:03d}" / "model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    return folder
+
+
+def test_the_older_format_is_looked_into(arguments: Arguments, tmp_path: pathlib.Path) -> None:
+    folder = older(tmp_path, PLAIN)
+    args = arguments("--load", tmp_path, *SIZES, "--ckpt-format", "torch")
+    with pytest.raises(UserError, match=r"has no default vectors.*--default-vector-from-baseline"):
+        checks.prepare_load(args, RouterGradientConfig())
+    assert checks.prepare_load(args, RouterGradientConfig(from_baseline=True)).from_baseline
+    args.hidden_size = 16
+    with pytest.raises(UserError, match=r"^--hidden-size is 16, .* with 32: give that value"):
+        checks.prepare_load(args, RouterGradientConfig(from_baseline=True))
+    file = folder / "mp_rank_00_001" / "model_optim_rng.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"the file {file} is damaged"):
+        checks.prepare_load(args, RouterGradientConfig(from_baseline=True))
+
+
+def test_the_older_format_keeps_its_vectors_and_its_layout(
+    arguments: Arguments, tmp_path: pathlib.Path
+) -> None:
+    older(tmp_path, WITH_VECTORS, arguments(*SIZES))
+    args = arguments("--load", tmp_path, *SIZES, "--ckpt-format", "torch")
+    options = RouterGradientConfig(from_baseline=True)
+    assert not checks.prepare_load(args, options).from_baseline
+    args.tensor_model_parallel_size = 2
+    with pytest.raises(UserError, match=r"^--tensor-model-parallel-size is 2, .* in the layout"):
+        checks.prepare_load(args, options)
 
 
 # Before anything is saved
@@ -594,3 +680,15 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(
     checks.prepare_save(arguments("--save", tmp_path / "new" / "run"))
     assert list((tmp_path / "new" / "run").iterdir()) == []
     checks.prepare_save(arguments())
+
+
+def test_a_release_is_not_saved_over_with_an_interval_to_retain(
+    tmp_path: pathlib.Path, arguments: Arguments
+) -> None:
+    flags = ("--save", tmp_path, "--save-retain-interval", 4)
+    save(tmp_path, WITH_VECTORS, "release")
+    with pytest.raises(UserError, match=r"^--save-retain-interval: .* says 'release'"):
+        checks.prepare_save(arguments(*flags))
+    checks.prepare_save(arguments(*flags[:2]))
+    save(tmp_path, WITH_VECTORS, 7)
+    checks.prepare_save(arguments(*flags))

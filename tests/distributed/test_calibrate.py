@@ -53,7 +53,12 @@ def runs(folder: pathlib.Path) -> dict[str, Any]:
         "one-step": {"argv": [*EP2, *one_step]},
         "switched": {"argv": [*EP2, *switched]},
         "at-once": {"argv": [*EP2, *switched, *at_once]},
-        "stays-topk": {"argv": [*EP2, "--moe-router-gradient", "topk", *switched]},
+        "stays-topk": {
+            "argv": [
+                *(*EP2, "--moe-router-gradient", "topk", *switched),
+                "--default-vector-override",
+            ]
+        },
         "went-on": {"argv": [*EP2, "--moe-router-gradient", "topk", "--load", str(topk)]},
     }
     return {**found, **record(folder, 2, cases), "said": done.stdout}

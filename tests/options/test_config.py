@@ -59,6 +59,7 @@ DESIGN_FLAGS = {
     "--expert-group-size",
     "--remoe-lambda",
     "--remoe-factor",
+    "--default-vector-override",
 }
 DEFAULTS = {
     "gradient": "default",
@@ -84,6 +85,7 @@ DEFAULTS = {
     "remoe_factor": 1.2,
     "kernels": False,
     "from_baseline": False,
+    "override": False,
 }
 PAPER = {**DEFAULTS, "order": "before-use", "beta": 0.9}
 
@@ -215,6 +217,7 @@ def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
         (["--default-vector-bias-correction"], "bias_correction", True),
         (["--default-vector-kernels"], "kernels", True),
         (["--default-vector-from-baseline"], "from_baseline", True),
+        (["--default-vector-override"], "override", True),
         (["--moe-loss-free-bias", "0.0001"], "loss_free_bias", 0.0001),
         (["--default-linear-rank", "4"], "linear_rank", 4),
         (["--default-linear-ridge", "0.2"], "linear_ridge", 0.2),
