@@ -13,16 +13,15 @@ import pickle
 import tempfile
 from typing import Any
 
-from megatron_default_moe.checkpoint import contradictions, on_disk, schedule
+from megatron_default_moe.checkpoint import contradictions, on_disk, schedule, states
+from megatron_default_moe.checkpoint.on_disk import Source
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.options.config import FADE_IN, RouterGradientConfig
 
 logger = logging.getLogger(__name__)
 
-VECTORS_KEY = "router.default_vectors"
-"""End of the checkpoint keys of default vectors."""
-
-STEPS_KEY = "router.default_vector_steps"
+STEPS = "default_vector_steps"
+STEPS_KEY = f"router.{STEPS}"
 """End of the checkpoint keys of a fade-in's count of steps."""
 
 LAYOUT_ARGS = (
@@ -34,17 +33,6 @@ LAYOUT_ARGS = (
 )
 FREE_OPTIMIZER_FORMATS = ("fully_reshardable", "fully_sharded_model_space")
 """Formats of the distributed optimizer in which these sizes may change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The checkpoint that Megatron will load."""
-
-    flag: str
-    """The flag and its value, which messages begin with."""
-    folder: pathlib.Path
-    pretrained: bool = False
-    """Named by --pretrained-checkpoint: weights only, as with --finetune."""
 
 
 def prepare_load(
@@ -61,14 +49,14 @@ def prepare_load(
         trains: whether the run goes on to train, and so has iterations left.
 
     Returns:
-        The options, with ``from_baseline`` only if a checkpoint without default vectors will be
-        loaded: restarting the same command from its own checkpoint loads the vectors. ``fade_in``
+        The options, with ``from_baseline`` only if a checkpoint without some of the model's state
+        will be loaded: restarting the same command from its own checkpoint loads it. ``fade_in``
         is what the user chose, else what the checkpoint's run did, else for a checkpoint without
         vectors ``FADE_IN``.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, and why; or it has no default vectors and nobody
-            said it may.
+        UserError: the checkpoint cannot be loaded, and why; or its state is not this model's and
+            nobody said it may.
     """
     if "://" in str(args.load or ""):
         # Object storage cannot be looked into here, neither now nor when the run restarts from it.
@@ -95,10 +83,13 @@ def prepare_load(
     if os.environ.get("RANK", "0") == "0":
         _refuse_damage(args, source)
         _refuse_another_run(args, source, trains)
-    elif not options.uses_default_vectors:
+    elif not options.checkpointed:
         return loads_vectors
     names = _tensor_names(source)
-    return _fading_in(args, _without_vectors(args, options, source, names), source, names)
+    options = states.settle(args, options, source, names)
+    options = _fading_in(args, options, source, names)
+    states.say_what_starts(options, source)
+    return options
 
 
 def prepare_save(args: Any) -> None:
@@ -143,44 +134,16 @@ def _tensor_names(source: Source) -> set[str] | None:
         return None  # Rank 0 refuses it in a sentence.
 
 
-def _without_vectors(
-    args: Any, options: RouterGradientConfig, source: Source, names: set[str] | None
-) -> RouterGradientConfig:
-    """Refuse or accept a checkpoint without default vectors."""
-    has_vectors = names is None or any(name.endswith(VECTORS_KEY) for name in names)
-    if not options.uses_default_vectors:
-        if names is not None and has_vectors:
-            _warn(
-                f"{source.folder} has default vectors, which --moe-router-gradient topk leaves out:"
-                " the model loses what they carried, and so do the checkpoints it saves"
-            )
-        return options
-    if has_vectors:
-        # Formats other than torch_dist cannot be looked into: there the user's word counts.
-        return dataclasses.replace(options, from_baseline=options.from_baseline and names is None)
-    if not options.from_baseline:
-        raise UserError(
-            f"{source.flag}: the checkpoint {source.folder} has no default vectors (a plain"
-            " Megatron checkpoint?): add --default-vector-from-baseline to start them at"
-            f" {options.init}, fill them first with default-moe calibrate, or train on with"
-            " --moe-router-gradient topk"
-        )
-    options = _gently(args, options)
-    gently = f" and come into the forward over {options.fade_in} steps (--default-vector-fade-in)"
-    _warn(
-        f"{source.folder} has no default vectors: they start at {options.init}"
-        f" (--default-vector-from-baseline){gently if options.fade_in else ''}"
-    )
-    return options
-
-
 def _fading_in(
     args: Any, options: RouterGradientConfig, source: Source, names: set[str] | None
 ) -> RouterGradientConfig:
     """Decide over how many steps the vectors come into the forward: see :func:`prepare_load`."""
-    if options.from_baseline:
-        return _gently(args, options)
-    if names is None or not (options.uses_default_vectors and options.in_forward):
+    if "default_vectors" in options.absent:
+        options = _gently(args, options)
+        return dataclasses.replace(options, absent=(*options.absent, *_counted(options)))
+    if names is None:
+        return _gently(args, options) if options.from_baseline else options
+    if not options.fades:
         return options
     begun = any(name.endswith(STEPS_KEY) for name in names)
     if options.fade_in and not begun:
@@ -188,7 +151,7 @@ def _fading_in(
             f"{source.folder} counts no steps of a fade-in: the default vectors leave the forward"
             f" and come back over {options.fade_in} steps (--default-vector-fade-in)"
         )
-        return dataclasses.replace(options, fade_in_begins=True)
+        return dataclasses.replace(options, absent=(*options.absent, *_counted(options)))
     if begun and not _given(args):
         saved = on_disk.common_state(source.folder).get("args")
         fade_in = getattr(saved, "default_vector_fade_in", None)
@@ -201,13 +164,17 @@ def _fading_in(
     return options
 
 
+def _counted(options: RouterGradientConfig) -> tuple[str, ...]:
+    return (STEPS,) if options.fade_in else ()
+
+
 def _given(args: Any) -> bool:
     return getattr(args, "default_vector_fade_in", None) is not None
 
 
 def _gently(args: Any, options: RouterGradientConfig) -> RouterGradientConfig:
     """Let the vectors into a model that was trained without them step by step."""
-    if _given(args) or not (options.uses_default_vectors and options.in_forward):
+    if _given(args) or not options.fades:
         return options
     return dataclasses.replace(options, fade_in=FADE_IN)
 

@@ -358,8 +358,12 @@ def own_differences(args: Any, saved: Any) -> list[Difference]:
     if not hasattr(saved, "moe_router_gradient"):
         return []  # Saved by plain Megatron.
     now, before = options_from_args(args), _options_of(saved)
-    if before is None or now.uses_default_vectors > before.uses_default_vectors:
-        return []  # A model without vectors gets them: another check's.
+    if before is None:
+        return []
+    # What starts anew is another check's (states.py).
+    starts = {*now.checkpointed} - {*before.checkpointed} - {"default_vector_steps"}
+    if starts - {"choice_bias"}:
+        return []
     return [
         Difference(
             Row(field.name, flag=field.metadata["argparse_meta"]["arg_names"][0]),
@@ -370,6 +374,7 @@ def own_differences(args: Any, saved: Any) -> list[Difference]:
         if getattr(now, field.name) != getattr(before, field.name)
         and field.name in OWN
         and OWN[field.name](now)
+        and not (field.name == "loss_free_bias" and "choice_bias" in starts)
         and (field.name != "global_aux_loss_exact" or _has_global_loss(args))
     ]
 

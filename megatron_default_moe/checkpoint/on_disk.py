@@ -1,5 +1,6 @@
 """What is on disk of a checkpoint, without loading it: names, shapes, damage."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -21,6 +22,17 @@ FORMAT = "metadata.json"
 
 COMMON, COMMON_KEY = "common.pt", "common_state/shard_0_1"
 """What all ranks share: a file of its own once, an entry of the index today."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The checkpoint that Megatron will load."""
+
+    flag: str
+    """The flag and its value, which messages begin with."""
+    folder: pathlib.Path
+    pretrained: bool = False
+    """Named by --pretrained-checkpoint: weights only, as with --finetune."""
 
 
 def folder_of(directory: str | pathlib.Path, step: int | None = None) -> pathlib.Path | None:

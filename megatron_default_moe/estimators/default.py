@@ -40,7 +40,6 @@ class DefaultMoERouter(ObservedTopKRouter):
         "default_vectors",
         "local_sums",
     )
-    checkpointed: tuple[str, ...] = ("default_vectors", "default_vector_updates")
 
     def __init__(
         self,
@@ -64,10 +63,6 @@ class DefaultMoERouter(ObservedTopKRouter):
         self._new_buffer("rejected_updates", (1,), torch.int64, persistent=False)
         if self.options.fade_in:
             self._new_buffer("default_vector_steps", (1,), torch.int64)
-            begins = self.options.fade_in_begins
-            # A checkpoint that has vectors, but no such count, is asked for all but the count.
-            self.awaits_baseline = self.awaits_baseline or begins
-            self.checkpointed = (*(() if begins else self.checkpointed), "default_vector_steps")
         # Order before-use: the vectors this micro-batch uses, from the experts' side to the end
         # of its layer: [E, D].
         self._micro_batch_vectors: Tensor | None = None
@@ -264,7 +259,6 @@ def _blend_together(routers: list[DefaultMoERouter]) -> None:
     for router, step, before_ED, after_ED in zip(
         routers, steps, before_LED, after_LED, strict=True
     ):
-        router.awaits_baseline = False
         if router.collects_details:
             router.step_metrics = layer_metrics(step, before_ED, after_ED, router.rejected_updates)
     torch._foreach_copy_([router.default_vectors for router in routers], list(after_LED))

@@ -83,10 +83,6 @@ class DefaultLinearRouter(DefaultMoERouter):
         *("linear_cross", "linear_moments", "anchor_fit"),
         *("local_cross", "local_moments", "local_fit", "slopes", "centres", "projection"),
     )
-    checkpointed = (
-        *DefaultMoERouter.checkpointed,
-        *("linear_cross", "linear_moments", "anchor_fit"),
-    )
     needs_tokens = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

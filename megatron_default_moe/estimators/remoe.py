@@ -21,7 +21,6 @@ class ReMoERouter(ObservedTopKRouter):
     """
 
     fp32_buffers = (*ObservedTopKRouter.fp32_buffers, "sparsity_weight")
-    checkpointed = ("sparsity_weight",)
     number_varies = True
     model_wide = True
 

@@ -20,8 +20,6 @@ class SparseMixerV2Router(ObservedTopKRouter):
     softmax and a hash of [T, E] per choice. No collective.
     """
 
-    checkpointed: tuple[str, ...] = ("draw_steps",)
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Build the router; the arguments are Megatron's."""
         super().__init__(*args, **kwargs)
@@ -87,8 +85,6 @@ class SparseMixerRouter(SparseMixerV2Router):
     State beside the draws': ``output_scale`` [D], a parameter that starts at one (omega; it can be
     folded into the experts' last matrices after training).
     """
-
-    checkpointed = ("draw_steps", "output_scale")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Build the router; the arguments are Megatron's."""

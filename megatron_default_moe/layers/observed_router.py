@@ -41,8 +41,6 @@ class ObservedTopKRouter(TopKRouter):
 
     fp32_buffers: tuple[str, ...] = ("local_stats",)
     """Buffers that stay float32 in a bf16 or fp16 model."""
-    checkpointed: tuple[str, ...] = ()
-    """Buffers of this estimator that a plain Megatron checkpoint does not have."""
     carried = ("routed_scores", "routed_probs")
     """What a routing leaves for its layer: tensors, so that a CUDA graph can hand them on."""
     gives_scores_gradient = False
@@ -91,14 +89,16 @@ class ObservedTopKRouter(TopKRouter):
         self.model_load: Tensor | None = None
         # layer_metrics of the last step, if it was taken and is logged.
         self.step_metrics: Tensor | None = None
-        # Until the checkpoint without this estimator's state is loaded, it is not asked of it.
-        self.awaits_baseline = self.options.from_baseline
+        # State that a plain Megatron checkpoint does not have.
+        self.checkpointed = self.options.checkpointed
+        # What of it the checkpoint about to be loaded lacks: it is not asked of it.
+        everything = self.checkpointed if self.options.from_baseline else ()
+        self.absent: tuple[str, ...] = self.options.absent or everything
         self._new_buffer("local_stats", (StepSums.numel(self.num_experts, 0),), persistent=False)
         if self.options.loss_free_bias is not None:
             # Not Megatron's expert_bias, which its softmax gate ignores.
             self._new_buffer("choice_bias", (self.num_experts,))
             self.fp32_buffers = (*self.fp32_buffers, "choice_bias")
-            self.checkpointed = (*self.checkpointed, "choice_bias")
 
     def _new_buffer(
         self,
@@ -341,21 +341,19 @@ class ObservedTopKRouter(TopKRouter):
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
         """Describe the state for a checkpoint as Megatron does, buffers included.
 
-        This estimator's state is left out while a checkpoint without it is about to be loaded.
+        State is left out while a checkpoint without it is about to be loaded.
         (Relaxing ``--dist-ckpt-strictness`` instead would let any other missing tensor pass.)
         """
         state = super().sharded_state_dict(prefix, *args, **kwargs)
-        if self.awaits_baseline:
-            for name in self.checkpointed:
-                del state[prefix + name]
+        for name in self.absent:
+            del state[prefix + name]
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load; a checkpoint without this state keeps what is at hand if that was asked for."""
-        if self.awaits_baseline:
-            self.awaits_baseline = False
-            for name in self.checkpointed:
-                state_dict.setdefault(prefix + name, getattr(self, name))
+        for name in self.absent:
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        self.absent = ()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def local_step_sums(self) -> list[Tensor]:
@@ -386,7 +384,6 @@ class ObservedTopKRouter(TopKRouter):
             taking: routers of this class; each one's ``pending`` is the whole global batch.
         """
         for router in taking:
-            router.awaits_baseline = False
             if router.collects_details:
                 assert router.pending is not None
                 router.step_metrics = layer_metrics(router.pending, None, None, None)

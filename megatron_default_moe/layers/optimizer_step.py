@@ -152,6 +152,8 @@ def commit(model: torch.nn.Module | Iterable[torch.nn.Module], taken: bool) -> N
         for kind, of_kind in taking.items():
             kind.take_step(of_kind)
             kind.move_choice_bias(of_kind)
+            for router in of_kind:
+                router.absent = ()  # What has taken a step is saved, and asked for.
     for router in everyone:
         router.pending = None
     begin(everyone)

@@ -62,7 +62,7 @@ def run(argv: list[str]) -> None:
         options, from_baseline=True, init="zeros", order="after-use", beta=0.0, in_eval=True
     )
     options = entry.start(args, options, trains=False)
-    if not options.from_baseline:
+    if not options.from_baseline or (options.absent and "default_vectors" not in options.absent):
         raise UserError(
             f"--load {args.load} has default vectors already: train on from it, or name the TopK"
             " checkpoint that it came from"

@@ -133,16 +133,18 @@ class RouterGradientConfig:
     from_baseline: bool = _flag(
         False, "default-vector-from-baseline", action="store_const", const=True
     )
-    """Accept a checkpoint that has no default vectors (a plain Megatron one): they start as
-    --default-vector-init says, with one warning."""
+    """Accept a checkpoint without what this estimator keeps (a plain Megatron one, or another
+    estimator's): default vectors start as --default-vector-init says, other state as in a new run,
+    and what the other estimator kept is left out; with one warning."""
 
     override: bool = _flag(False, "default-vector-override", action="store_const", const=True)
     """Go on from a checkpoint with other values of the flags of this group than it was trained
     with. Without it they are refused at resume."""
 
-    fade_in_begins: bool = dataclasses.field(default=False, repr=False)
-    """Not a flag: the checkpoint about to be loaded has default vectors and no count of the steps
-    of a fade-in, which begins with it (``checks.prepare_load`` finds out)."""
+    absent: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    """Not a flag: the names of this model's state that the checkpoint about to be loaded lacks, and
+    that start anew (``checks.prepare_load`` finds out). None of them with ``from_baseline``: all,
+    where nobody has looked into the checkpoint."""
 
     def __post_init__(self) -> None:
         """Check the values themselves; combinations with Megatron's options are in support.py."""
@@ -202,6 +204,18 @@ class RouterGradientConfig:
         return self.estimator.vectors
 
     @property
+    def fades(self) -> bool:
+        """Whether the default vectors come into the forward pass, and so may do so gently."""
+        return self.gradient == "default" and self.in_forward
+
+    @property
+    def checkpointed(self) -> tuple[str, ...]:
+        """Names of the state that a checkpoint of a layer's router has beside Megatron's."""
+        fading = ("default_vector_steps",) if self.uses_default_vectors and self.fade_in else ()
+        biased = ("choice_bias",) if self.loss_free_bias is not None else ()
+        return (*self.estimator.checkpointed, *fading, *biased)
+
+    @property
     def model_wide(self) -> bool:
         """Whether a step's load is added up over the whole model."""
         return self.estimator.model_wide
@@ -242,7 +256,7 @@ def add_router_gradient_args(parser: ArgumentParser) -> ArgumentParser:
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
 
-    factory = ArgumentGroupFactory(RouterGradientConfig, exclude=["fade_in_begins"])
+    factory = ArgumentGroupFactory(RouterGradientConfig, exclude=["absent"])
     for field in chosen_by_flags():
         # The factory shows docstrings as they are; the default belongs to the help too.
         text = " ".join(factory.field_docstrings[field.name].split())

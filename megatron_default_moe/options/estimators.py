@@ -21,6 +21,8 @@ class Estimator:
     state: str
     checkpointed: tuple[str, ...] = ()
     """Ends of the names of its state in a checkpoint, which a plain Megatron one does not have."""
+    trained: tuple[str, ...] = ()
+    """Those of them that are parameters: the optimizer keeps state of its own for them."""
     vectors: bool = False
     """Whether it keeps default vectors."""
     weights_unused: bool = False
@@ -97,6 +99,7 @@ ESTIMATORS: tuple[Estimator, ...] = (
         limits="K = 1; the drawn expert is often not the best",
         state="omega [D], a parameter, and a count of steps a layer",
         checkpointed=("draw_steps", "output_scale"),
+        trained=("output_scale",),
         chooses=True,
         draws=True,
         most_experts=1,
@@ -142,6 +145,19 @@ ESTIMATORS: tuple[Estimator, ...] = (
 )
 
 NAMES = tuple(one.name for one in ESTIMATORS)
+
+STATES = {
+    "default_vectors": "default vectors",
+    "default_vector_updates": "default vectors",
+    "linear_cross": "moments of default-linear",
+    "linear_moments": "moments of default-linear",
+    "anchor_fit": "moments of default-linear",
+    "draw_steps": "count of drawn steps",
+    "output_scale": "omega (output_scale)",
+    "sparsity_weight": "lambda (sparsity_weight)",
+    "choice_bias": "bias of --moe-loss-free-bias",
+}
+"""What a user calls the state that a checkpoint has or lacks, by its names there."""
 
 
 def named(name: str) -> Estimator:

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from megatron_default_moe import RouterGradientConfig, UserError
-from megatron_default_moe.checkpoint import checks, on_disk
+from megatron_default_moe.checkpoint import checks, on_disk, states
 from megatron_default_moe.cpu import runtime
 from megatron_default_moe.options import config
 
 PLAIN = ("decoder.layers.mlp.router.weight", "decoder.layers.mlp.experts.linear_fc1.weight")
-VECTORS = "decoder.layers.mlp.router.default_vectors"
-WITH_VECTORS = (*PLAIN, VECTORS)
+ROUTER = "decoder.layers.mlp.router"
+VECTORS = f"{ROUTER}.default_vectors"
+WITH_VECTORS = (*PLAIN, VECTORS, f"{ROUTER}.default_vector_updates")
 
 Arguments = Callable[..., argparse.Namespace]
 
@@ -59,7 +60,8 @@ def save(
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    records = [record for record in caplog.records if record.name == checks.__name__]
+    names = (checks.__name__, states.__name__)
+    records = [record for record in caplog.records if record.name in names]
     assert all(record.levelno == logging.WARNING for record in records)
     return [record.getMessage() for record in records]
 
@@ -165,8 +167,9 @@ def test_the_option_accepts_it_with_one_warning(
     args = arguments(flag, tmp_path)
     before = dict(vars(args))
     options = RouterGradientConfig(from_baseline=True, init=init)
+    absent = ("default_vectors", "default_vector_updates", "default_vector_steps")
     assert checks.prepare_load(args, options) == dataclasses.replace(
-        options, fade_in=config.FADE_IN
+        options, fade_in=config.FADE_IN, absent=absent
     )
     assert vars(args) == before, "the strictness is the user's"
     (warning,) = warnings(caplog)
@@ -303,7 +306,8 @@ def test_the_fade_in_is_the_flags_or_the_checkpoints_or_gentle(
     args.default_vector_fade_in = flag
     options = RouterGradientConfig(from_baseline=True, fade_in=flag or 0)
     found = checks.prepare_load(args, options)
-    assert (found.fade_in, found.fade_in_begins) == (expected, False)
+    assert found.fade_in == expected
+    assert (checks.STEPS in found.absent) == (names is PLAIN and expected > 0)
     said = [line for line in warnings(caplog) if f" over {expected} steps" in line]
     assert bool(said) == (names is PLAIN and expected > 0 and rank == "0")
 
@@ -314,7 +318,7 @@ def test_a_fade_in_begins_with_a_checkpoint_that_counts_none(
     args = arguments("--load", fading(tmp_path, WITH_VECTORS))
     args.default_vector_fade_in = 30
     found = checks.prepare_load(args, RouterGradientConfig(fade_in=30))
-    assert (found.fade_in, found.fade_in_begins) == (30, True)
+    assert (found.fade_in, found.absent) == (30, (checks.STEPS,))
     (warning,) = warnings(caplog)
     assert "counts no steps of a fade-in" in warning
 

@@ -224,7 +224,6 @@ def refusal(now: list[str], saved: list[str], weights_only: bool = False) -> str
         ("--default-vector-bias-correction", None),
         ("--moe-router-gradient", "topk"),
         ("--paper-default-moe", None),
-        ("--moe-loss-free-bias", "0.001"),
     ],
 )
 def test_our_own_options_are_the_checkpoints_or_overridden(flag: str, value: str | None) -> None:
@@ -248,6 +247,14 @@ def test_vectors_for_a_checkpoint_without_them_are_another_checks() -> None:
     assert not refusal([*ITERS, "--default-vector-beta", "0.5"], [*ITERS, *topk])
     beta = ["--default-vector-beta", "0.5"]
     assert not refusal([*ITERS, *topk], [*ITERS, *topk, *beta]), "topk has no vectors"
+
+
+def test_a_bias_that_starts_anew_is_another_checks() -> None:
+    bias = ["--moe-loss-free-bias", "0.001"]
+    assert not refusal([*ITERS, *bias], ITERS)
+    assert refusal([*ITERS, *bias, "--default-vector-beta", "0.9"], ITERS)
+    for saved, now in ((bias, []), (bias, ["--moe-loss-free-bias", "0.002"])):
+        assert refusal([*ITERS, *now], [*ITERS, *saved]).startswith("--moe-loss-free-bias is ")
 
 
 def test_an_evaluation_computes_the_same_function() -> None:

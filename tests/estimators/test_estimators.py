@@ -353,10 +353,13 @@ def test_recomputation_repeats_every_bit(new_layer: Any, name: str) -> None:
 
 
 def test_every_estimator_is_built_by_one_layer(new_layer: Any) -> None:
+    stock = new_layer(gradient="topk").router.state_dict()
     for one in ESTIMATORS:
         topk = one.most_experts or 2
         layer = new_layer(gradient=one.name, moe_router_topk=topk)
         assert isinstance(layer, DefaultMoELayer) == (one.name != "topk")
         assert layer.router.chooses == one.chooses
         assert layer.router.model_wide == one.model_wide
-        assert layer.router.checkpointed == one.checkpointed
+        beyond = layer.router.state_dict().keys() - stock.keys()
+        assert beyond == set(one.checkpointed) == set(layer.router.checkpointed)
+        assert {name for name, _ in layer.router.named_parameters()} == {"weight", *one.trained}

@@ -129,7 +129,7 @@ def test_a_fade_in_begins_with_a_checkpoint_that_counts_no_steps_of_one(new_laye
     """Of such a checkpoint all but the count is asked; of any other, the count too."""
     whole = new_layer()
     train_step(whole, tokens(whole))
-    beginning = new_layer(fade_in=3, fade_in_begins=True)
+    beginning = new_layer(fade_in=3, absent=("default_vector_steps",))
     beginning.load_state_dict(whole.state_dict())
     assert torch.equal(beginning.router.default_vectors, whole.router.default_vectors)
     train_step(beginning, tokens(beginning))

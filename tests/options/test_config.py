@@ -69,7 +69,7 @@ DEFAULTS = {
     "order": "after-use",
     "in_forward": True,
     "fade_in": 0,
-    "fade_in_begins": False,
+    "absent": (),
     "in_eval": True,
     "init": "zeros",
     "bias_correction": False,
