@@ -1,8 +1,8 @@
 """What a checkpoint has of the estimators' state, against what this run's model keeps.
 
-One rule for all of them, by the names in the checkpoint (``options.estimators`` has the table): what
-the model keeps and the checkpoint lacks must be allowed to start anew, and what the checkpoint has
-and the model does not keep must be allowed to be left out. Otherwise Megatron would end in an
+One rule for all of them, by the names in the checkpoint (``options.estimators`` has the table):
+what the model keeps and the checkpoint lacks must be allowed to start anew, and what the checkpoint
+has and the model does not keep must be allowed to be left out. Otherwise Megatron would end in an
 exception in the first case, and say nothing in the second.
 """
 
