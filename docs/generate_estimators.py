@@ -22,10 +22,11 @@ tokens in a step (arXiv 2408.15664). Megatron has such a bias beside sigmoid gat
 [N] a layer; no collective of its own.
 
 Every estimator trains in every layout of the parity tests (`tests/distributed/test_parity.py`): the
-losses, router gradients and states of eight steps agree with one rank to 1e-5, and activation
-recomputation repeats every bit. Drawn experts are a function of the layer, the step and the place
-of the token in the micro-batch of all ranks: the same in every layout. State changes in steps that
-the optimizer took, and nowhere else. Not measured on a GPU.
+losses, router gradients and states of eight steps agree with one rank to 1e-5. Activation
+recomputation, a resumed run and a repeated step repeat every bit
+(`tests/distributed/test_estimator_runs.py`). Drawn experts are a function of the layer, the step
+and the place of the token in the micro-batch of all ranks: the same in every layout. State changes
+in steps that the optimizer took, and nowhere else. Not measured on a GPU.
 """
 PATH = pathlib.Path(__file__).with_name("estimators.md")
 

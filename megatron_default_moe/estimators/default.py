@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_default_moe.layers.layer_metrics import layer_metrics
+from megatron_default_moe.layers.layer_metrics import layer_metrics, vector_metrics
 from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.step_sums import StepSums
 from megatron_default_moe.maths import functional
@@ -260,7 +260,8 @@ def _blend_together(routers: list[DefaultMoERouter]) -> None:
         routers, steps, before_LED, after_LED, strict=True
     ):
         if router.collects_details:
-            router.step_metrics = layer_metrics(step, before_ED, after_ED, router.rejected_updates)
+            own = vector_metrics(step, before_ED, after_ED, router.rejected_updates)
+            router.step_metrics = layer_metrics(step, {**router.own_metrics(), **own})
     torch._foreach_copy_([router.default_vectors for router in routers], list(after_LED))
     if routers[0].options.fade_in:
         torch._foreach_add_([router.default_vector_steps for router in routers], 1)

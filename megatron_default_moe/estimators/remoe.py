@@ -78,6 +78,15 @@ class ReMoERouter(ObservedTopKRouter):
         )
         return attached
 
+    def own_metrics(self) -> dict[str, Tensor]:
+        """This layer's sparsity, and the weight of the loss that the step had."""
+        assert self.pending is not None
+        routed, possible = self.pending.load().unbind()
+        return {
+            "remoe sparsity": 1 - routed / possible.clamp_min(1),
+            "remoe lambda": self.sparsity_weight[0].clone(),
+        }
+
     @classmethod
     def take_step(cls, taking: Any) -> None:
         """Move lambda towards the sparsity ``1 - k / N``."""

@@ -1,5 +1,7 @@
 """The numbers that are logged of one layer and one step, made of the step's sums."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ NAMES = (
     "router entropy",
     "load max/mean",
     "dead experts",
+    "remoe sparsity",
+    "remoe lambda",
+    "choice-bias spread",
 )
 """The scalars, each a mean over MoE layers, except the two counts in ``SUMMED``.
 
@@ -25,45 +30,59 @@ NAMES = (
 - router entropy: mean over tokens of the entropy of the routing distribution, in nats.
 - load max/mean: tokens of the busiest expert over the mean.
 - dead experts: experts without a token in this step.
+- remoe sparsity: 1 - open gates over all gates of the step's tokens; its target is 1 - topk / E.
+- remoe lambda: weight of the sparsity loss in the step.
+- choice-bias spread: greatest minus least bias of --moe-loss-free-bias in the step.
+
+Which of them a run has, its options say (``RouterGradientConfig.metrics``).
 """
 
 SUMMED = ("default-vector rejected", "dead experts")
 
 
-def layer_metrics(
-    step: StepSums, before: Tensor | None, after: Tensor | None, rejected: Tensor | None
-) -> Tensor:
+def layer_metrics(step: StepSums, own: Mapping[str, Tensor]) -> Tensor:
     """Return the metrics of one layer and one logged step.
 
     Args:
         step: all-reduced sums of the step.
-        before: [E, D] default vectors that the step used, or None for a TopK router.
-        after: [E, D] default vectors after the commit, or None.
-        rejected: [1] count of rejected expert updates, or None.
+        own: scalars of the layer's estimator, by their names in ``NAMES``.
 
     Returns:
         [len(NAMES) + E] float32: the values in the order of ``NAMES`` (zero where they do not
         apply), then each expert's fraction of the routed token-expert pairs.
     """
     counts_E = step.counts
-    num_tokens, entropy_sum, term_square, output_square = step.totals.unbind()
+    num_tokens, entropy_sum, _, _ = step.totals.unbind()
+    values = {
+        "router entropy": entropy_sum / num_tokens.clamp_min(1),
+        "load max/mean": counts_E.max() / counts_E.mean().clamp_min(1e-9),
+        "dead experts": (counts_E == 0).sum().float(),
+        **own,
+    }
     zero = torch.zeros_like(num_tokens)
-    norm = staleness = share = zero
-    if before is not None and after is not None:
-        norm = after.norm(dim=-1).mean()
-        staleness = _staleness(step, before)
-        share = (term_square / output_square.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
-    values = [
-        norm,
-        staleness,
-        share,
-        zero if rejected is None else rejected[0].float(),
-        entropy_sum / num_tokens.clamp_min(1),
-        counts_E.max() / counts_E.mean().clamp_min(1e-9),
-        (counts_E == 0).sum().float(),
-    ]
     load_E = counts_E / counts_E.sum().clamp_min(1)
-    return torch.cat([torch.stack(values), load_E])
+    return torch.cat([torch.stack([values.get(name, zero) for name in NAMES]), load_E])
+
+
+def vector_metrics(
+    step: StepSums, before: Tensor, after: Tensor, rejected: Tensor
+) -> dict[str, Tensor]:
+    """Return the metrics of a layer's default vectors, by name.
+
+    Args:
+        step: all-reduced sums of the step.
+        before: [E, D] default vectors that the step used.
+        after: [E, D] default vectors after the commit.
+        rejected: [1] count of rejected expert updates.
+    """
+    _, _, term_square, output_square = step.totals.unbind()
+    tiny = torch.finfo(torch.float32).tiny
+    return {
+        "default-vector norm": after.norm(dim=-1).mean(),
+        "default-vector staleness": _staleness(step, before),
+        "default-vector share": (term_square / output_square.clamp_min(tiny)).sqrt(),
+        "default-vector rejected": rejected[0].float(),
+    }
 
 
 def _staleness(step: StepSums, before: Tensor) -> Tensor:

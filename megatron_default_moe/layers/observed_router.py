@@ -376,6 +376,12 @@ class ObservedTopKRouter(TopKRouter):
         """
         return []
 
+    def own_metrics(self) -> dict[str, Tensor]:
+        """Return what is logged of this estimator and a taken step beside the load: scalars."""
+        if self.options.loss_free_bias is None:
+            return {}
+        return {"choice-bias spread": self.choice_bias.max() - self.choice_bias.min()}
+
     @classmethod
     def take_step(cls, taking: "Sequence[ObservedTopKRouter]") -> None:
         """End a step that the optimizer took, for all layers of a stage whose sums are pending.
@@ -386,7 +392,7 @@ class ObservedTopKRouter(TopKRouter):
         for router in taking:
             if router.collects_details:
                 assert router.pending is not None
-                router.step_metrics = layer_metrics(router.pending, None, None, None)
+                router.step_metrics = layer_metrics(router.pending, router.own_metrics())
 
     @classmethod
     def move_choice_bias(cls, taking: "Sequence[ObservedTopKRouter]") -> None:

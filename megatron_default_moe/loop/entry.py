@@ -105,5 +105,5 @@ def _tracker(args: Any, options: RouterGradientConfig) -> RouterMetricsTracker:
         log_interval=args.log_interval,
         num_experts=args.num_experts,
         progress=Progress(iterations, lambda: args.consumed_train_samples * args.seq_length),
-        has_vectors=options.uses_default_vectors,
+        metrics=options.metrics,
     )

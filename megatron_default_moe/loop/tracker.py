@@ -21,8 +21,8 @@ from torch import Tensor
 
 from megatron_default_moe.layers.layer_metrics import NAMES, SUMMED
 
-OF_VECTORS = "default-vector "
-"""How the names of those metrics begin that only a model with default vectors has."""
+OF_ALL = ("router entropy", "load max/mean", "dead experts")
+"""The metrics that every model has."""
 
 
 class MeteredRouter(Protocol):
@@ -66,14 +66,14 @@ class RouterMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker, with the router metrics, the tokens and the time left."""
 
     def __init__(
-        self, *, log_interval: int, num_experts: int, progress: Progress, has_vectors: bool = True
+        self, *, log_interval: int, num_experts: int, progress: Progress, metrics: Sequence[str]
     ) -> None:
         """Report every ``log_interval`` steps on routers with ``num_experts`` experts.
 
-        Without default vectors (``has_vectors``) nothing is reported of them.
+        Of what belongs to estimators, ``metrics`` alone is reported.
         """
         super().__init__()
-        self.names = [name for name in NAMES if has_vectors or not name.startswith(OF_VECTORS)]
+        self.names = [name for name in NAMES if name in OF_ALL or name in metrics]
         self.log_interval = log_interval
         self.num_experts = num_experts
         self.progress = progress

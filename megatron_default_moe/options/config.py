@@ -204,6 +204,12 @@ class RouterGradientConfig:
         return self.estimator.vectors
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is logged of the estimator, and of the bias, beside the load."""
+        biased = ("choice-bias spread",) if self.loss_free_bias is not None else ()
+        return (*self.estimator.metrics, *biased)
+
+    @property
     def fades(self) -> bool:
         """Whether the default vectors come into the forward pass, and so may do so gently."""
         return self.gradient == "default" and self.in_forward

@@ -23,6 +23,8 @@ class Estimator:
     """Ends of the names of its state in a checkpoint, which a plain Megatron one does not have."""
     trained: tuple[str, ...] = ()
     """Those of them that are parameters: the optimizer keeps state of its own for them."""
+    metrics: tuple[str, ...] = ()
+    """What is logged of it beside the load (``layers/layer_metrics.py`` says what they are)."""
     vectors: bool = False
     """Whether it keeps default vectors."""
     weights_unused: bool = False
@@ -36,6 +38,8 @@ class Estimator:
     most_experts: int | None = None
     """Greatest --moe-router-topk it is defined for."""
 
+
+_OF_VECTORS = tuple(f"default-vector {name}" for name in ("norm", "staleness", "share", "rejected"))
 
 ESTIMATORS: tuple[Estimator, ...] = (
     Estimator(
@@ -56,6 +60,7 @@ ESTIMATORS: tuple[Estimator, ...] = (
         limits="Ê_i does not depend on the token",
         state="Ê [N, D] float32 and N counts a layer",
         checkpointed=("default_vectors", "default_vector_updates"),
+        metrics=_OF_VECTORS,
         vectors=True,
         weights_unused=True,
     ),
@@ -76,6 +81,7 @@ ESTIMATORS: tuple[Estimator, ...] = (
             "linear_moments",
             "anchor_fit",
         ),
+        metrics=_OF_VECTORS,
         vectors=True,
         weights_unused=True,
     ),
@@ -139,6 +145,7 @@ ESTIMATORS: tuple[Estimator, ...] = (
         limits="memory of up to N/K times the rows; no capacity, no other balance loss",
         state="lambda, one number",
         checkpointed=("sparsity_weight",),
+        metrics=("remoe sparsity", "remoe lambda"),
         chooses=True,
         model_wide=True,
     ),

@@ -16,10 +16,12 @@ from layer_reference import record_routing, reference, tokens
 from megatron_default_moe.layers.layer_metrics import NAMES, SUMMED
 from megatron_default_moe.loop import tracker
 from megatron_default_moe.loop.tracker import Progress, RouterMetricsTracker
+from megatron_default_moe.options.estimators import ESTIMATORS
 
 
 def logged(router: Any) -> dict[str, float]:
-    return dict(zip(NAMES, router.step_metrics.tolist(), strict=False))
+    values = dict(zip(NAMES, router.step_metrics.tolist(), strict=False))
+    return {name: values[name] for name in (*tracker.OF_ALL, *router.options.metrics)}
 
 
 @pytest.mark.parametrize("topk", [1, 2], ids="k{}".format)
@@ -72,12 +74,12 @@ def test_topk_logs_its_load_too(new_layer: Any) -> None:
     values = logged(layer.router)
     assert values["router entropy"] > 0
     assert values["load max/mean"] >= 1
-    tracker = RouterMetricsTracker(
-        log_interval=1, num_experts=5, progress=Progress(2, lambda: 0), has_vectors=False
+    reporter = RouterMetricsTracker(
+        log_interval=1, num_experts=5, progress=Progress(2, lambda: 0), metrics=()
     )
     row = [[1.0, *layer.router.step_metrics.tolist()]]
-    assert {*tracker._scalars(row)} == {"router entropy", "load max/mean", "dead experts"}
-    assert not [name for name in tracker._per_layer(row) if "default-vector" in name]
+    assert {*reporter._scalars(row)} == {"router entropy", "load max/mean", "dead experts"}
+    assert not [name for name in reporter._per_layer(row) if "default-vector" in name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -118,21 +120,24 @@ class Written:
         self.scalars.update({name: float(value) for name, value in values.items()})
 
 
-@pytest.fixture
-def report(new_layer: Any) -> Any:
+@pytest.fixture(params=[{}, {"gradient": "remoe"}, {"gradient": "topk", "loss_free_bias": 0.1}])
+def report(new_layer: Any, request: pytest.FixtureRequest) -> Any:
     """Return a function that reports two MoE layers of three, numbers 1 and 3."""
-    layers = [new_layer(seed=1), new_layer(seed=2)]
+    layers = [new_layer(seed=seed, num_layers=3, **request.param) for seed in (1, 2)]
     for number, layer in zip((1, 3), layers, strict=True):
         layer.set_layer_number(number)
         layer.router.collects_details = True
         train_step(layer, tokens(layer, number))
     progress = Progress(train_iters=40, tokens=lambda: 12345)
-    tracker = RouterMetricsTracker(log_interval=10, num_experts=5, progress=progress)
-    tracker.routers = [layer.router for layer in layers]
+    options = layers[0].router.options
+    reporter = RouterMetricsTracker(
+        log_interval=10, num_experts=5, progress=progress, metrics=options.metrics
+    )
+    reporter.routers = [layer.router for layer in layers]
 
     def run(iteration: int, per_layer: bool = False) -> tuple[str, Written, Written, list[Any]]:
         writer, wandb = Written(), Written()
-        line = tracker.report(
+        line = reporter.report(
             1.0,
             iteration,
             writer=writer,
@@ -144,7 +149,7 @@ def report(new_layer: Any) -> Any:
             moe_layer_freq=2,
             mtp_num_layers=None,
         )
-        return line, writer, wandb, tracker.routers
+        return line, writer, wandb, reporter.routers
 
     return run
 
@@ -152,10 +157,11 @@ def report(new_layer: Any) -> Any:
 def test_scalars_are_means_or_sums_over_the_moe_layers(report: Any) -> None:
     line, writer, wandb, routers = report(10)
     assert writer.scalars == wandb.scalars
-    assert set(writer.scalars) == {*NAMES, "consumed tokens"}
+    names = {*tracker.OF_ALL, *routers[0].options.metrics}
+    assert set(writer.scalars) == {*names, "consumed tokens"}
     assert writer.scalars["consumed tokens"] == 12345
     rows = [logged(router) for router in routers]
-    for name in NAMES:
+    for name in names:
         total = sum(row[name] for row in rows)
         expected = total if name in SUMMED else total / 2
         assert writer.scalars[name] == pytest.approx(expected), name
@@ -178,7 +184,32 @@ def test_other_steps_write_nothing(report: Any) -> None:
     line, writer, wandb, _ = report(11)
     assert not writer.scalars
     assert not wandb.scalars
-    assert "default-vector" not in line
+    assert "dead experts" not in line
+
+
+def test_remoe_logs_its_sparsity_and_the_lambda_of_the_step(new_layer: Any) -> None:
+    layer = new_layer(gradient="remoe", remoe_lambda=0.5)
+    layer.router.collects_details = True
+    x = tokens(layer)
+    train_step(layer, x)
+    open_TE = x.detach().reshape(-1, x.shape[-1]) @ layer.router.weight.detach().T > 0
+    values = logged(layer.router)
+    assert values["remoe sparsity"] == pytest.approx(1 - float(open_TE.double().mean()))
+    assert values["remoe lambda"] == 0.5
+    assert layer.router.sparsity_weight != 0.5
+
+
+def test_a_bias_logs_its_spread_in_the_step(new_layer: Any) -> None:
+    layer = new_layer(gradient="topk", loss_free_bias=0.1)
+    layer.router.choice_bias.copy_(torch.tensor([0.0, 0.3, -0.2, 0.1, 0.0]))
+    layer.router.collects_details = True
+    train_step(layer, tokens(layer))
+    assert logged(layer.router)["choice-bias spread"] == pytest.approx(0.5)
+
+
+def test_every_metric_is_everybodys_or_an_estimators() -> None:
+    owned = {name for one in ESTIMATORS for name in one.metrics}
+    assert {*tracker.OF_ALL, *owned, "choice-bias spread"} == {*NAMES}
 
 
 def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
