@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """A mistake that one rank may meet alone, such as a bad sample: that rank says the sentence."""
+
+
 def rank() -> int:
     """This process's number in its run, as torchrun gives it; 0 without torchrun."""
     number = os.environ.get("RANK", "0")
@@ -31,6 +35,8 @@ def report(error: UserError) -> int:
     """
     if rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif isinstance(error, RankError):
+        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(HEAD_START)
         if os.environ.get("LOCAL_RANK", "0") == "0":

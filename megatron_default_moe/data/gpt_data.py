@@ -9,13 +9,12 @@ import errno
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
@@ -30,7 +29,14 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_default_moe.errors import UserError
+from megatron_default_moe.data import checks, evaluation, tokenizers
+from megatron_default_moe.data.checked_dataset import (
+    CheckedConfig,
+    CheckedGPTDataset,
+    CheckedMockDataset,
+)
+from megatron_default_moe.data.parts import NAMES, parts
+from megatron_default_moe.errors import RankError, UserError
 
 _FIELDS = ("attention_mask", "labels", "loss_mask", "position_ids", "tokens")
 
@@ -48,11 +54,17 @@ def _has_mtp(config: TransformerConfig, vp_stage: int | None) -> bool:
     return found
 
 
-def dataset_config(args: Any) -> GPTDatasetConfig:
-    """Build the configuration of Megatron's GPT datasets from its arguments."""
+def dataset_config(args: Any) -> CheckedConfig:
+    """Build the configuration of Megatron's GPT datasets from its arguments.
+
+    Parts that the run does not read are left out: Megatron would build them nevertheless, which it
+    cannot of a part without a token.
+    """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
-    return GPTDatasetConfig(
+    tokenizer = build_tokenizer(args)
+    config = CheckedConfig(
+        vocabulary=tokenizers.vocabulary(tokenizer, args.padded_vocab_size),
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -63,7 +75,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
@@ -80,13 +92,30 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
+    read = checks.wanted(args, parts(args))
+    for place, name in enumerate(NAMES):
+        if name in read:
+            continue
+        if config.split_matrix is not None:
+            config.split_matrix[place] = None
+        if config.blend_per_split is not None:
+            config.blend_per_split[place] = None
+    return config
 
 
 @contextlib.contextmanager
-def _unwritable_index_files_named() -> Iterator[None]:
+def _faults_of_the_build_named(args: Any) -> Iterator[None]:
     """Megatron wraps what the system said of a folder it may not write to into a bare Exception."""
     try:
         yield
+    except IndexError as error:
+        if "mid_level_dataset_surplus" not in str(error):
+            raise
+        surplus = args.mid_level_dataset_surplus
+        raise UserError(
+            "a blend of small data asks more samples of one prefix than it was built with: raise"
+            f" --mid-level-dataset-surplus (it is {surplus}), to 1.0 for example"
+        ) from error
     except Exception as error:
         cause = error.__cause__
         if not isinstance(cause, PermissionError) and getattr(cause, "errno", 0) != errno.EROFS:
@@ -95,6 +124,29 @@ def _unwritable_index_files_named() -> Iterator[None]:
             f"--data-cache-path: the index files of the data cannot be written ({cause}); name a"
             " folder that all ranks see and may write to (by default they are beside the data)"
         ) from error
+
+
+def build(args: Any, num_samples: Sequence[int | None], built_here: Callable[[], bool]) -> Any:
+    """Build Megatron's datasets.
+
+    Args:
+        args: Megatron's, of a run that begins or goes on.
+        num_samples: how many samples of train, validation and test Megatron asks for; None for one
+            pass.
+        built_here: whether this rank reads data.
+
+    Returns:
+        The three, None for a part that is not read; a list where there are several validation sets.
+
+    Raises:
+        UserError: the cached indices cannot be written, or a blend does not come out.
+    """
+    dataset = CheckedMockDataset if args.mock_data else CheckedGPTDataset
+    samples = evaluation.with_consumed(args, num_samples)
+    with _faults_of_the_build_named(args):
+        return BlendedMegatronDatasetBuilder(
+            dataset, samples, built_here, dataset_config(args)
+        ).build()
 
 
 def datasets_provider(config: TransformerConfig) -> Callable[..., tuple[Any, Any, Any]]:
@@ -109,20 +161,27 @@ def datasets_provider(config: TransformerConfig) -> Callable[..., tuple[Any, Any
                 first_or_last or _has_mtp(config, vp_stage)
             )
 
-        dataset = MockGPTDataset if args.mock_data else GPTDataset
-        with _unwritable_index_files_named():
-            built: tuple[Any, Any, Any] = BlendedMegatronDatasetBuilder(
-                dataset, num_samples, built_here, dataset_config(args)
-            ).build()
-        return built
+        return build(args, num_samples, built_here)
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
 
 
-def _batch(iterator: Iterator[dict[str, Any]], config: TransformerConfig, vp_stage: int | None) -> (
-    dict[str, Tensor | None]
-):  # fmt: skip
+def _next(iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The next sample; torch wraps what a worker process raised into its traceback."""
+    try:
+        return next(iterator)
+    except RankError as error:
+        *_, sentence = str(error).rstrip().rsplit(f"{RankError.__name__}: ")
+        raise RankError(sentence) from error
+
+
+def _batch(
+    iterator: Iterator[dict[str, Any]],
+    config: TransformerConfig,
+    vp_stage: int | None,
+    micro_batch_size: int,
+) -> dict[str, Tensor | None]:
     """This rank's share of the next micro-batch; only None on stages that need no tokens."""
     args = get_args()
     has_mtp = _has_mtp(config, vp_stage)
@@ -131,7 +190,7 @@ def _batch(iterator: Iterator[dict[str, Any]], config: TransformerConfig, vp_sta
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     if tp_rank == 0:
-        sample = next(iterator)
+        sample = _next(iterator)
         batch = {key: sample.get(key) for key in _FIELDS}
         batch = {
             key: None if value is None else value.cuda(non_blocking=True)
@@ -146,7 +205,7 @@ def _batch(iterator: Iterator[dict[str, Any]], config: TransformerConfig, vp_sta
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=has_mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -205,10 +264,13 @@ def forward_step(
     Returns:
         The output (or plan), and the function from output to loss.
     """
-    timers = get_timers()
+    args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _batch(
-        data_iterator, get_model_config(model), get_attr_wrapped_model(model, "vp_stage")
+        data_iterator,
+        get_model_config(model),
+        get_attr_wrapped_model(model, "vp_stage"),
+        args.micro_batch_size if model.training else args.eval_micro_batch_size,
     )
     timers("batch-generator").stop()
     run = model.build_schedule_plan if return_schedule_plan else model

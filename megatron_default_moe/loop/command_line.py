@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_default_moe import errors
 from megatron_default_moe.cpu import flag_choices, runtime
+from megatron_default_moe.data import checks, parts
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.machine import ranks
 from megatron_default_moe.machine.versions import check_version
@@ -165,8 +166,10 @@ def prepare(
     options = options_from_args(parsed)
     support.check(parsed, options)
     _refuse_layout(parsed, options)
-    _refuse_no_data(parsed)
-    return megatron_args(argv), options
+    parts.refuse_unnamed(parsed)
+    args = megatron_args(argv)
+    checks.check(args)
+    return args, options
 
 
 def _refuse_layout(args: argparse.Namespace, options: RouterGradientConfig) -> None:
@@ -211,13 +214,3 @@ def without_missing_kernel(argv: list[str]) -> list[str]:
             say(f"chosen: {flag} (the fused kernel is Apex's, which is not there)")
             return [*argv, flag]
     return argv
-
-
-def _refuse_no_data(args: Any) -> None:
-    """Megatron takes a run without data for one with mock data, and fails later."""
-    named = (args.data_path, args.data_args_path, args.per_split_data_args_path)
-    if not (args.mock_data or any(named) or args.train_data_path):
-        raise UserError(
-            "no data is named: give --train-data-path PREFIX (default-moe preprocess makes it"
-            " from JSONL), or --mock-data to try without"
-        )

@@ -21,6 +21,8 @@ from megatron_default_moe import errors
 from megatron_default_moe.errors import UserError
 
 FLAG = "--traceback"
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo raises on a rank whose peer has ended."""
 
 
 def exit_code(program: Callable[[list[str]], None], argv: list[str]) -> int:
@@ -40,6 +42,9 @@ def exit_code(program: Callable[[list[str]], None], argv: list[str]) -> int:
         _end(error, _checkpoint_reason(error), argv, said=errors.rank() == 0)
         return 1
     except Exception as error:
+        if any(words in str(error) for words in PEER_IS_GONE):
+            # Another rank has more to say; torchrun ends this one meanwhile.
+            time.sleep(errors.HEAD_START)
         _end(error, _reason(error), argv)
         return 1
     return 0

@@ -12,7 +12,7 @@ from megatron_default_moe.data import gpt_data
 def test_index_files_that_cannot_be_written_name_the_flag(number: int) -> None:
     with (
         pytest.raises(UserError, match=r"^--data-cache-path: .* \(.*/data/cache"),
-        gpt_data._unwritable_index_files_named(),
+        gpt_data._faults_of_the_build_named(None),
     ):
         raise Exception("Failed to write dataset materials") from OSError(
             number, "no", "/data/cache"
@@ -23,7 +23,7 @@ def test_index_files_that_cannot_be_written_name_the_flag(number: int) -> None:
 def test_other_faults_of_the_data_stay_what_they_are(cause: OSError | None) -> None:
     with (
         pytest.raises(Exception, match=r"^as it was$") as raised,
-        gpt_data._unwritable_index_files_named(),
+        gpt_data._faults_of_the_build_named(None),
     ):
         raise Exception("as it was") from cause
     assert not isinstance(raised.value, UserError)

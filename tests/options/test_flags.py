@@ -385,6 +385,7 @@ def test_without_its_kernel_fused_gradient_accumulation_is_turned_off(
         monkeypatch.setenv(variable, value)
     # Megatron keeps the arguments it validated in a global variable, and refuses a second time.
     monkeypatch.setattr(command_line, "megatron_args", lambda argv: argv)
+    monkeypatch.setattr(command_line.checks, "check", lambda args: None)
     argv, _ = command_line.prepare(ON_A_GPU.split())
     assert command_line.build_parser().parse_args(argv).gradient_accumulation_fusion == there
     assert ("> chosen: --no-gradient-accumulation-fusion (" in capsys.readouterr().out) != there
