@@ -34,11 +34,16 @@ def report(error: UserError) -> int:
     it.
     """
     if rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _write(f"error: {error}")
     elif isinstance(error, RankError):
-        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        _write(f"error: rank {rank()}: {error}")
     else:
         time.sleep(HEAD_START)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+            _write(f"error: rank {rank()}: {error}")
     return 2
+
+
+def _write(line: str) -> None:
+    # Line and end in one call, or what another rank logs comes between the two.
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)

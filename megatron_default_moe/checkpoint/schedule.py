@@ -133,7 +133,8 @@ def _refuse_another_count(args: Any, saved: Any, folder: pathlib.Path, iteration
     if left == max(0, iterations):
         return
     steps = getattr(saved, "step_batch_size_schedule", None)
-    way = f'--step-batch-size-schedule "{steps or f"0:{before} {consumed}:{batch}"}"'
+    tokens = consumed * args.seq_length  # What Megatron counts the thresholds in.
+    way = f'--step-batch-size-schedule "{steps or f"0:{before} {tokens}:{batch}"}"'
     raise UserError(
         f"--global-batch-size is {batch}, but the checkpoint {folder} was saved with"
         f" {steps or before} after {consumed} of --train-samples {args.train_samples}, and Megatron"

@@ -116,9 +116,13 @@ def test_every_row_is_an_argument_of_megatrons_with_that_flag() -> None:
         assert row.inverse == (action.const is False and action.nargs == 0)
 
 
-def test_every_row_of_our_own_is_an_option() -> None:
+FREE = {"fade_in", "in_eval", "init", "kernels", "from_baseline", "override"}
+"""Our options that a resume may change."""
+
+
+def test_every_option_of_our_own_is_compared_or_free() -> None:
     fields = {field.name for field in contradictions.chosen_by_flags()}
-    assert set(contradictions.OWN) <= fields
+    assert fields == set(contradictions.OWN) | FREE
 
 
 def test_what_use_checkpoint_args_restores_is_what_upstream_restores() -> None:
@@ -313,16 +317,16 @@ def test_samples_with_another_batch_size_are_all_trained_or_refused(
 ) -> None:
     changed = [*SAMPLES, "--global-batch-size", batch]
     with pytest.raises(
-        UserError, match=rf'give 4, or .*--step-batch-size-schedule "0:4 16:{batch}"'
+        UserError, match=rf'give 4, or .*--step-batch-size-schedule "0:4 128:{batch}"'
     ):
         left(caplog, changed, SAMPLES, 4)
 
 
 def test_a_schedule_of_batch_sizes_is_given_again(caplog: pytest.LogCaptureFixture) -> None:
-    stepped = ["--step-batch-size-schedule", "0:2 16:4"]
+    stepped = ["--step-batch-size-schedule", "0:2 128:4"]
     saved = validated(*SAMPLES)
     saved.step_batch_size_schedule, saved.consumed_train_samples = stepped[1], 16
-    with pytest.raises(UserError, match='give --step-batch-size-schedule "0:2 16:4" again'):
+    with pytest.raises(UserError, match='give --step-batch-size-schedule "0:2 128:4" again'):
         schedule.check_what_is_left(validated(*SAMPLES), {"args": saved, "iteration": 8}, FOLDER)
     args = validated(*SAMPLES)
     args.step_batch_size_schedule = stepped[1]
