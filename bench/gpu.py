@@ -40,7 +40,12 @@ GRACE = 30.0
 
 
 WELL = "ended well"
-MARKERS = {gpu_page.LAYER: "gpu", gpu_page.TRAINING: "gpu", gpu_page.KERNELS: ""}
+MARKERS = {
+    gpu_page.LAYER: "gpu",
+    gpu_page.TRAINING: "gpu",
+    gpu_page.ESTIMATORS: "gpu",
+    gpu_page.KERNELS: "",
+}
 """Files of tests, and the marker of those to run."""
 
 

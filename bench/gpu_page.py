@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 PAGE = "gpu.md"
 NOT_MEASURED = "not measured"
 LAYER, TRAINING = "tests/gpu/test_te_layer.py", "tests/gpu/test_te_training.py"
+ESTIMATORS = "tests/gpu/test_te_estimators.py"
 KERNELS = "tests/kernels/kernels_in_interpreter.py"
 Result = dict[str, Any]
 """One line of ``recording``."""
@@ -61,6 +62,18 @@ ROWS = (
     Row("weight gradients beside the dispatch", TRAINING, ("losses", "overlapped")),
     Row("FP8 against bf16 in training", TRAINING, ("losses", "fp8-delayed")),
     Row("FP8 router padding in training", TRAINING, ("losses", "fp8-router")),
+    *(
+        Row(f"{estimator} in a layer and in training", ESTIMATORS, (word,))
+        for estimator, word in {
+            "`dense`": "straight-through",
+            "`sparsemixer`": "mixer-one",
+            "`sparsemixer-v2`": "mixer-two",
+            "`expert-group`": "groups",
+            "`remoe`": "relu",
+            "`default-linear`": "linear",
+            "`--moe-loss-free-bias`": "bias",
+        }.items()
+    ),
 )
 
 TEXT = """# Results on a GPU

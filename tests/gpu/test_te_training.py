@@ -7,34 +7,15 @@ known to work; another test shows that a router gradient lost in a graph would b
 
 import argparse
 import functools
-import os
-import pathlib
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 from implementations import skip_without_kernels
+from training import MODEL, TE, relative, train
 
 from megatron_default_moe.options import support
 from megatron_default_moe.options.config import add_router_gradient_args, options_from_args
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
-MODEL = (
-    "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256 --seq-length 64"
-    " --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --train-iters 6"
-    " --lr 0.001 --lr-decay-style constant --lr-warmup-iters 0 --eval-iters 0 --eval-interval 99"
-    " --log-interval 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 127"
-    " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
-    " --attention-dropout 0 --hidden-dropout 0 --split 100,0,0 --num-experts 4"
-    " --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 256"
-    " --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none"
-    " --moe-router-dtype fp32 --default-vector-beta 0.5"
-    # NVIDIA Apex need not be there.
-    " --no-gradient-accumulation-fusion"
-)
-TE = "--transformer-impl transformer_engine --moe-grouped-gemm --bf16"
 # Outputs of the experts, and so default vectors, that matter to the router from the first steps on.
 LARGE = "--init-method-std 0.1"
 GRAPHS = f"{TE} --cuda-graph-impl transformer_engine --te-rng-tracker --cuda-graph-warmup-steps 2"
@@ -83,7 +64,6 @@ RUNS = {
 """Flags of the plain run, flags of the other, and the relative tolerance (chosen, not measured)."""
 
 
-ENTRY = ("-m", "megatron_default_moe.pretrain")
 WITHOUT_GRADIENT = (
     "-c",
     """
@@ -95,31 +75,6 @@ runpy.run_module("megatron_default_moe.pretrain", run_name="__main__")
 """,
 )
 """The entry, its default vectors without a way back to the router."""
-
-
-def train(flags: str, program: Sequence[str] = ENTRY) -> list[tuple[float, ...]]:
-    """Loss, vector norm and gradient norm of every step."""
-    done = subprocess.run(
-        [sys.executable, *program, *MODEL.split(), *flags.split()],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    names = ("lm loss", "default-vector norm", "grad norm")
-    found = re.findall(".*".join(rf"{name}: (\S+)" for name in names), done.stdout)
-    assert len(found) == 6, done.stdout[-3000:]
-    return [tuple(map(float, step)) for step in found]
-
-
-def relative(actual: float, expected: float) -> float:
-    return abs(actual - expected) / abs(expected)
 
 
 @pytest.fixture(scope="module")
