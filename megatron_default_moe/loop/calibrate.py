@@ -127,7 +127,9 @@ def _check(args: Any, options: Any) -> None:
     from megatron_default_moe.checkpoint import on_disk
 
     if not options.uses_default_vectors:
-        raise UserError("--moe-router-gradient topk has no default vectors: leave it out")
+        raise UserError(
+            f"--moe-router-gradient {options.gradient} has no default vectors: leave it out"
+        )
     for flag, path in (("--load", args.load), ("--save", args.save)):
         if "://" in str(path or ""):
             raise UserError(f"{flag} {path} is not a directory: calibration needs a local one")
@@ -199,7 +201,7 @@ def _calibrate(args: Any, options: Any, model_config: Any, batches: int) -> None
     for router in routers:
         router.settle()
         router.count_fade_in_from(options.fade_in)  # all of them
-    at_once = losses() if options.in_forward else without
+    at_once = losses() if options.fades else without
     for router in routers:
         router.count_fade_in_from(0)
     args.train_iters, args.train_samples, args.consumed_valid_samples = before
@@ -248,7 +250,7 @@ def _advise(args: Any, options: Any, untouched: int) -> None:
             f"> go on with --load {args.save}: the vectors come into the forward over"
             f" {options.fade_in} steps, as the checkpoint says (--default-vector-fade-in)"
         )
-    elif options.in_forward:
+    elif options.fades:
         print_rank_last(
             "> --default-vector-fade-in 0: training on from it begins with all of them at once"
         )

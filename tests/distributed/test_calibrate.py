@@ -4,6 +4,7 @@ Contract: the vectors are those that one training step over the same batches wou
 in any layout; iteration, weights and optimizer are as before; nothing is overwritten.
 """
 
+import argparse
 import pathlib
 import re
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from launching import ROOT, TINY, record, steps_of, torchrun
+
+from megatron_default_moe import RouterGradientConfig, UserError
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 
@@ -142,3 +145,15 @@ def test_a_finished_run_with_the_flags_of_a_large_one(folder: pathlib.Path) -> N
     assert len(steps) == 2
     for layer in steps[0]["layers"].values():
         assert (layer["before"].norm(dim=-1) > 0).all()
+
+
+def test_what_is_said_is_of_the_estimator(capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_default_moe.loop import calibrate as command
+
+    args = argparse.Namespace(save="new")
+    with pytest.raises(UserError, match="gradient remoe has no default vectors"):
+        command._check(args, RouterGradientConfig(gradient="remoe"))
+    command._advise(args, RouterGradientConfig(gradient="default-linear"), 0)
+    assert not capsys.readouterr().out, "nothing of it comes into the forward"
+    command._advise(args, RouterGradientConfig(), 0)
+    assert "all of them at once" in capsys.readouterr().out
