@@ -21,6 +21,12 @@ top-k of pi + b, weighted with pi alone, and b_i moves by RATE towards the exper
 tokens in a step (arXiv 2408.15664). Megatron has such a bias beside sigmoid gates only. State: b
 [N] a layer; no collective of its own.
 
+`--log-router-gradient-fidelity INTERVAL` logs how near an estimator comes: the cosine between the
+gradient it gives the router's weight and the dense mixture's, and the ratio of their norms, without
+balance losses, on the first micro-batch of every INTERVAL-th step, as a mean and (with
+`--moe-per-layer-logging`) per layer. dense reads 1 and 1, remoe against its own open gates too. The
+run keeps every bit; such a micro-batch runs all experts once more.
+
 Every estimator trains in every layout of the parity tests (`tests/distributed/test_parity.py`): the
 losses, router gradients and states of eight steps agree with one rank to 1e-5. Activation
 recomputation, a resumed run and a repeated step repeat every bit

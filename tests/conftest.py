@@ -1,6 +1,7 @@
 """Shared fixtures: Megatron's process groups on one rank, and small real MoE layers."""
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,3 +57,11 @@ def no_attention_backend_is_left_behind() -> Iterator[None]:
     for name in set(os.environ) - before:
         if name.startswith("NVTE_"):
             del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def no_metrics_are_left_behind() -> Iterator[None]:
+    """Megatron keeps the metrics of a process by name, with the layers of the first model."""
+    yield
+    if moe_logging := sys.modules.get("megatron.core.transformer.moe.moe_logging"):
+        moe_logging.destroy_moe_metrics_tracker()

@@ -83,6 +83,7 @@ class ReMoERouter(ObservedTopKRouter):
         assert self.pending is not None
         routed, possible = self.pending.load().unbind()
         return {
+            **super().own_metrics(),
             "remoe sparsity": 1 - routed / possible.clamp_min(1),
             "remoe lambda": self.sparsity_weight[0].clone(),
         }

@@ -68,8 +68,13 @@ class SparseMixerV2Router(ObservedTopKRouter):
         choices = sparsemixer.sparsemixer_v2(
             scores_TE, self.topk, self.options.mask_width, uniforms_KTE, coins_KT
         )
+        self.choice = [choice.expert_T for choice in choices]
         probs_TE, chosen_TE = sparsemixer.combine(choices, self.num_experts)
         return probs_TE.type_as(logits_TE), chosen_TE
+
+    def multipliers_again(self, logits_TE: Tensor, probe: Any) -> Tensor:
+        """As :meth:`ObservedTopKRouter.multipliers_again`: what the derivative is taken of."""
+        return sparsemixer.given(logits_TE, probe.choice, self.options.mask_width)
 
     @classmethod
     def take_step(cls, taking: Any) -> None:
@@ -106,8 +111,13 @@ class SparseMixerRouter(SparseMixerV2Router):
             None if drawn is None else drawn[:, :-1],
             None if drawn is None else drawn[:, -1],
         )
+        self.choice = [choice.expert_T]
         probs_TE, chosen_TE = sparsemixer.combine([choice], self.num_experts)
         return probs_TE.type_as(logits_TE), chosen_TE
+
+    def multipliers_again(self, logits_TE: Tensor, probe: Any) -> Tensor:
+        """As :meth:`ObservedTopKRouter.multipliers_again`; v1's derivative is twice p's."""
+        return 2 * super().multipliers_again(logits_TE, probe)
 
     def finish_output(self, output: Tensor) -> Tensor:
         """Scale the routed experts' output."""

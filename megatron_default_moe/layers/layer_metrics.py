@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_default_moe.layers import fidelity
 from megatron_default_moe.layers.step_sums import StepSums
 
 NAMES = (
@@ -18,6 +19,7 @@ NAMES = (
     "remoe sparsity",
     "remoe lambda",
     "choice-bias spread",
+    *fidelity.NAMES,
 )
 """The scalars, each a mean over MoE layers, except the two counts in ``SUMMED``.
 
@@ -32,6 +34,7 @@ NAMES = (
 - dead experts: experts without a token in this step.
 - remoe sparsity: 1 - open gates over all gates of the step's tokens; its target is 1 - topk / E.
 - remoe lambda: weight of the sparsity loss in the step.
+- router-gradient cosine, router-gradient ratio: on probed steps (``fidelity.py``).
 - choice-bias spread: greatest minus least bias of --moe-loss-free-bias in the step.
 
 Which of them a run has, its options say (``RouterGradientConfig.metrics``).

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_default_moe.errors import UserError
-from megatron_default_moe.layers import own_choice
+from megatron_default_moe.layers import fidelity, own_choice
 from megatron_default_moe.layers.layer_metrics import layer_metrics
 from megatron_default_moe.layers.step_sums import StepSums
 from megatron_default_moe.maths import functional
@@ -73,6 +73,8 @@ class ObservedTopKRouter(TopKRouter):
         self.collects_details = False
         # Set by calibrate.py: evaluation passes count, as one step without gradients.
         self.calibrating = False
+        # What an estimator notes of its last choice, for ``multipliers_again``.
+        self.choice: Any = None
         # Between this router's forward and the end of its layer's, all [T, E]: the logits that were
         # routed (with a normalised gate the probabilities of all experts), with their gradient
         # where default vectors give them one;
@@ -83,6 +85,10 @@ class ObservedTopKRouter(TopKRouter):
         self.counted_passes = 0
         # The all-reduced sums of the running step, between gradient finalisation and commit.
         self.pending: StepSums | None = None
+        # Whether this step is probed, what its first micro-batch noted, and what came of it.
+        self.probes = False
+        self.probe: fidelity.Probe | None = None
+        self.fidelity: Tensor | None = None
         # The estimator's own part of them.
         self.pending_own: Tensor | None = None
         # ``StepSums.load`` over all layers of the model, where ``model_wide``.
@@ -170,10 +176,33 @@ class ObservedTopKRouter(TopKRouter):
         if self.options.normalized_gate:
             scores_TE = self.dense_probs(scores_TE)
             probs_TE = functional.replace_active_probs(probs_TE, probs_TE != 0, scores_TE)
+        self.routed_probs = probs_TE.detach()
+        if self.probe is not None and self.probe.logits_TE is None:
+            self.probe.logits_TE = scores_TE.detach()
+            self.probe.active_TE = self._active()
+            self.probe.choice = self.choice
+            probs_TE = self.probe.tap(probs_TE, "probs_grad_TE")
+            scores_TE = self.probe.tap(scores_TE, "scores_grad_TE")
         # Where nothing gives them a gradient, a graph would carry one of zeros.
         self.routed_scores = scores_TE if self.gives_scores_gradient else scores_TE.detach()
-        self.routed_probs = probs_TE.detach()
         return probs_TE, map_TE
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Compute the logits, as Megatron does; the first micro-batch of a probed step is noted."""
+        if self.probes and self.counts_this_pass and not self.counted_passes:
+            self.probe = fidelity.Probe(input)
+        logits: Tensor = super().gating(input)
+        return logits
+
+    def multipliers_again(self, logits_TE: Tensor, probe: fidelity.Probe) -> Tensor:
+        """Return the multipliers of a micro-batch as a function of its logits, its choice given.
+
+        Args:
+            logits_TE: [T, E] float32.
+            probe: of the micro-batch.
+        """
+        assert probe.active_TE is not None
+        return self.dense_probs(logits_TE) * probe.active_TE
 
     @property
     def own_sums(self) -> int:
@@ -378,9 +407,12 @@ class ObservedTopKRouter(TopKRouter):
 
     def own_metrics(self) -> dict[str, Tensor]:
         """Return what is logged of this estimator and a taken step beside the load: scalars."""
-        if self.options.loss_free_bias is None:
-            return {}
-        return {"choice-bias spread": self.choice_bias.max() - self.choice_bias.min()}
+        own: dict[str, Tensor] = {}
+        if self.options.loss_free_bias is not None:
+            own["choice-bias spread"] = self.choice_bias.max() - self.choice_bias.min()
+        if self.fidelity is not None:
+            own |= dict(zip(fidelity.NAMES, self.fidelity, strict=True))
+        return own
 
     @classmethod
     def take_step(cls, taking: "Sequence[ObservedTopKRouter]") -> None:

@@ -23,6 +23,7 @@ from megatron.core.distributed import finalize_model_grads as megatron_finalize_
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
+from megatron_default_moe.layers import fidelity
 from megatron_default_moe.layers.observed_router import ObservedTopKRouter
 from megatron_default_moe.layers.step_sums import StepSums
 
@@ -76,6 +77,7 @@ def reduce_step_sums(model: torch.nn.Module | Iterable[torch.nn.Module]) -> None
     training = [router for router in routers(model) if router.training]
     if training:
         _reduce_stage(training)
+        fidelity.compare(training)
     _reduce_model(model, training)
 
 

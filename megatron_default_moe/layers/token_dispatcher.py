@@ -83,7 +83,7 @@ class _DefaultMoEDispatch:
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Keep the tokens for a router that needs them."""
-        if self.router.needs_tokens:
+        if self.router.needs_tokens or self.router.probe is not None:
             self.router.tokens = hidden_states.detach()
         result: tuple[Tensor, Tensor] = super().dispatch_preprocess(  # type: ignore[misc]
             hidden_states, routing_map, probs
@@ -111,7 +111,10 @@ class _DefaultMoEDispatch:
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Add the default term, in the experts' own width (before a latent projection back)."""
-        output = super().combine_postprocess(hidden_states)  # type: ignore[misc]
+        output: Tensor = super().combine_postprocess(hidden_states)  # type: ignore[misc]
+        probe, tokens = self.router.probe, self.router.tokens
+        if probe is not None and probe.unused_TE is None and tokens is not None:
+            output = probe.ask_unused(self, tokens, output)
         return self.router.finish_output(output)
 
 

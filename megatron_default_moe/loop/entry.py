@@ -106,4 +106,5 @@ def _tracker(args: Any, options: RouterGradientConfig) -> RouterMetricsTracker:
         num_experts=args.num_experts,
         progress=Progress(iterations, lambda: args.consumed_train_samples * args.seq_length),
         metrics=options.metrics,
+        fidelity_interval=options.fidelity_interval,
     )

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from torch import Tensor
 
+from megatron_default_moe.layers import fidelity
 from megatron_default_moe.layers.layer_metrics import NAMES, SUMMED
 
 OF_ALL = ("router entropy", "load max/mean", "dead experts")
@@ -29,6 +30,7 @@ class MeteredRouter(Protocol):
     """What the tracker reads of a router."""
 
     collects_details: bool
+    probes: bool
     step_metrics: Tensor | None
 
     @property
@@ -66,14 +68,23 @@ class RouterMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker, with the router metrics, the tokens and the time left."""
 
     def __init__(
-        self, *, log_interval: int, num_experts: int, progress: Progress, metrics: Sequence[str]
+        self,
+        *,
+        log_interval: int,
+        num_experts: int,
+        progress: Progress,
+        metrics: Sequence[str],
+        fidelity_interval: int | None = None,
     ) -> None:
         """Report every ``log_interval`` steps on routers with ``num_experts`` experts.
 
-        Of what belongs to estimators, ``metrics`` alone is reported.
+        Of what belongs to estimators, ``metrics`` alone is reported; the fidelity of the router's
+        gradient every ``fidelity_interval`` steps.
         """
+        self.fidelity_interval = fidelity_interval
         super().__init__()
-        self.names = [name for name in NAMES if name in OF_ALL or name in metrics]
+        self._names = [name for name in NAMES if name in OF_ALL or name in metrics]
+        self.names = self._names
         self.log_interval = log_interval
         self.num_experts = num_experts
         self.progress = progress
@@ -83,12 +94,18 @@ class RouterMetricsTracker(MoEMetricsTracker):
         """Whether the step with this number (from 1) is logged."""
         return iteration % self.log_interval == 0
 
+    def probes(self, iteration: int) -> bool:
+        """Whether the step with this number is probed for the fidelity of the gradient."""
+        return bool(self.fidelity_interval) and iteration % (self.fidelity_interval or 1) == 0
+
     def report(self, loss_scale: float, iteration: int, *args: Any, **kwargs: Any) -> str:
         """Report as upstream does, then this package's metrics on logging steps."""
         line = super().report(loss_scale, iteration, *args, **kwargs)
         eta = self.progress.eta(iteration)
         if not self.logs(iteration):
             return line
+        probed = self.probes(iteration)
+        self.names = [name for name in self._names if probed or name not in fidelity.NAMES]
         assert not args, "Megatron passes everything else by name"
         table = self._gather(kwargs["num_layers"], kwargs.get("mtp_num_layers"), kwargs)
         scalars = self._scalars(table)

@@ -33,6 +33,7 @@ def before_step(model: Any, iteration: int | None) -> None:
         tracker.routers = list(optimizer_step.routers(model))
         for router in tracker.routers:
             router.collects_details = tracker.logs(iteration + 1)
+            router.probes = tracker.probes(iteration + 1)
 
 
 def with_commit(train_step: Callable[..., Any]) -> Callable[..., Any]:

@@ -127,6 +127,23 @@ def sparsemixer_v2(
     return choices
 
 
+def given(logits_TE: Tensor, experts: list[Tensor], width: float) -> Tensor:
+    """Return the probabilities that given experts were drawn with: [T, E], zero elsewhere.
+
+    Args:
+        logits_TE: [T, E].
+        experts: [T] int64 for each choice, in the order of drawing.
+        width: of the mask.
+    """
+    left_TE, result_TE = logits_TE, torch.zeros_like(logits_TE)
+    for expert_T in experts:
+        chosen_T1 = expert_T.unsqueeze(-1)
+        probs_TE = _masked_softmax(left_TE, width)
+        result_TE = result_TE.scatter(1, chosen_T1, probs_TE.gather(1, chosen_T1))
+        left_TE = left_TE.scatter(1, chosen_T1, -math.inf)
+    return result_TE
+
+
 def combine(choices: list[Choice], num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the multipliers [T, E], zero where unused, and the map [T, E] bool."""
     numbers_TK = torch.stack([choice.expert_T for choice in choices], dim=-1)

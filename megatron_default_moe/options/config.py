@@ -96,6 +96,13 @@ class RouterGradientConfig:
     of the default vectors sum to one. Megatron divides by the sum over the chosen experts (with
     --moe-router-topk 1, by nothing). Changes the weights of the experts in topk training too."""
 
+    fidelity_interval: int | None = _flag(
+        None, "log-router-gradient-fidelity", type=int, metavar="INTERVAL"
+    )
+    """Log, every INTERVAL steps, the cosine and the ratio of norms between the router's gradient
+    and that of the dense mixture, on the step's first micro-batch. Changes nothing of the run; all
+    experts run on all tokens of that micro-batch once more."""
+
     linear_rank: int = _flag(16, "default-linear-rank")
     """For default-linear: features of a token, made by a random projection (r)."""
 
@@ -177,6 +184,11 @@ class RouterGradientConfig:
                 f"--remoe-factor must be above 1, not {self.remoe_factor}: the weight of the loss"
                 " grows by it (1.2 by default)"
             )
+        if self.fidelity_interval is not None and self.fidelity_interval < 1:
+            raise UserError(
+                "--log-router-gradient-fidelity must be at least 1, not"
+                f" {self.fidelity_interval}: it is a number of steps"
+            )
         if self.linear_rank < 0:
             raise UserError(
                 f"--default-linear-rank must be at least 0, not {self.linear_rank}: it is a number"
@@ -207,7 +219,8 @@ class RouterGradientConfig:
     def metrics(self) -> tuple[str, ...]:
         """Names of what is logged of the estimator, and of the bias, beside the load."""
         biased = ("choice-bias spread",) if self.loss_free_bias is not None else ()
-        return (*self.estimator.metrics, *biased)
+        probed = ("router-gradient cosine", "router-gradient ratio")
+        return (*self.estimator.metrics, *biased, *(probed if self.fidelity_interval else ()))
 
     @property
     def fades(self) -> bool:

@@ -165,4 +165,40 @@ ESTIMATOR_RULES: tuple[Rule, ...] = (
         lambda s: s.moe_pad_expert_input_to_capacity,
         only=named("default-linear"),
     ),
+    Rule(
+        "--log-router-gradient-fidelity that is no multiple of --log-interval",
+        "refused",
+        "--log-router-gradient-fidelity must be a multiple of --log-interval, whose steps are"
+        " logged: raise it, or lower --log-interval",
+        # Arguments only: a TransformerConfig knows no log.
+        lambda s: (
+            s.options.fidelity_interval
+            and s.log_interval
+            and s.options.fidelity_interval % s.log_interval
+        ),
+        topk_too=True,
+    ),
+    Rule(
+        "--log-router-gradient-fidelity with what hides a layer's backward pass",
+        "refused",
+        "--log-router-gradient-fidelity needs a softmax over all experts"
+        " (--moe-router-pre-softmax) or remoe, and does not go with"
+        " --overlap-moe-expert-parallel-comm, CUDA graphs of the router,"
+        " --moe-token-dispatcher-type flex, --moe-apply-probs-on-input,"
+        " --default-vector-normalized-gate or --fp8-recipe delayed: drop one of the two",
+        lambda s: (
+            s.options.fidelity_interval
+            and (
+                s.overlap_moe_expert_parallel_comm
+                or (s.graph_impl != "none" and "moe_router" in s.graph_modules)
+                or s.moe_token_dispatcher_type == "flex"
+                or s.moe_apply_probs_on_input
+                or s.options.normalized_gate
+                or (s.fp8 and s.fp8_recipe == "delayed")
+                or s.score != "softmax"
+                or not (s.moe_router_pre_softmax or s.options.chooses)
+            )
+        ),
+        topk_too=True,
+    ),
 )

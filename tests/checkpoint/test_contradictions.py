@@ -116,7 +116,7 @@ def test_every_row_is_an_argument_of_megatrons_with_that_flag() -> None:
         assert row.inverse == (action.const is False and action.nargs == 0)
 
 
-FREE = {"fade_in", "in_eval", "init", "kernels", "from_baseline", "override"}
+FREE = {"fade_in", "in_eval", "init", "kernels", "from_baseline", "override", "fidelity_interval"}
 """Our options that a resume may change."""
 
 

@@ -124,6 +124,7 @@ class Recorder:
                 step["layers"][number] = {
                     "router_weight": layer.router.weight.detach().clone().float(),
                     "router_grad": self.router_grads.get(number),
+                    "fidelity": getattr(layer.router, "fidelity", None),
                     "state": {
                         name: getattr(layer.router, name).detach().clone()
                         for name in getattr(layer.router, "checkpointed", ())

@@ -13,6 +13,7 @@ import torch
 from building import train_step
 from layer_reference import record_routing, reference, tokens
 
+from megatron_default_moe.layers import fidelity
 from megatron_default_moe.layers.layer_metrics import NAMES, SUMMED
 from megatron_default_moe.loop import tracker
 from megatron_default_moe.loop.tracker import Progress, RouterMetricsTracker
@@ -209,7 +210,8 @@ def test_a_bias_logs_its_spread_in_the_step(new_layer: Any) -> None:
 
 def test_every_metric_is_everybodys_or_an_estimators() -> None:
     owned = {name for one in ESTIMATORS for name in one.metrics}
-    assert {*tracker.OF_ALL, *owned, "choice-bias spread"} == {*NAMES}
+    asked_for = {"choice-bias spread", *fidelity.NAMES}
+    assert {*tracker.OF_ALL, *owned, *asked_for} == {*NAMES}
 
 
 def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:

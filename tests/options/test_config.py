@@ -53,6 +53,7 @@ DESIGN_FLAGS = {
     "--default-vector-fade-in",
     "--paper-default-moe",
     "--moe-loss-free-bias",
+    "--log-router-gradient-fidelity",
     "--default-linear-rank",
     "--default-linear-ridge",
     "--sparsemixer-mask-width",
@@ -75,6 +76,7 @@ DEFAULTS = {
     "bias_correction": False,
     "normalized_gate": False,
     "loss_free_bias": None,
+    "fidelity_interval": None,
     "linear_rank": 16,
     "linear_ridge": 0.1,
     "linear_anchor": "scaled",
@@ -219,6 +221,7 @@ def test_arguments_of_a_parser_without_our_flags_mean_the_defaults() -> None:
         (["--default-vector-from-baseline"], "from_baseline", True),
         (["--default-vector-override"], "override", True),
         (["--moe-loss-free-bias", "0.0001"], "loss_free_bias", 0.0001),
+        (["--log-router-gradient-fidelity", "5"], "fidelity_interval", 5),
         (["--default-linear-rank", "4"], "linear_rank", 4),
         (["--default-linear-ridge", "0.2"], "linear_ridge", 0.2),
         (["--default-linear-anchor", "none"], "linear_anchor", "none"),
@@ -333,6 +336,11 @@ def test_an_upper_bound_is_out_of_range(
 ) -> None:
     with pytest.raises(UserError, match=rf"^{flag} must be"):
         options(parser, flag, value)
+
+
+def test_an_interval_is_at_least_one_step(parser: argparse.ArgumentParser) -> None:
+    with pytest.raises(UserError, match="--log-router-gradient-fidelity must be at least 1"):
+        options(parser, "--log-router-gradient-fidelity=0")
 
 
 def test_a_rank_is_not_negative(parser: argparse.ArgumentParser) -> None:

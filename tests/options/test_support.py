@@ -31,6 +31,7 @@ NOT_SOFTMAX = " --moe-router-score-function "
 
 CHOICE = " --moe-router-gradient "
 REMOE = TOP1.replace("aux_loss", "none") + CHOICE + "remoe"
+PROBED = f"{GOOD} --log-router-gradient-fidelity"
 BIAS = f"{GOOD} --moe-loss-free-bias 0.001"
 
 TRIGGERS = {
@@ -97,6 +98,19 @@ TRIGGERS = {
     ],
     "--moe-router-gradient default-linear with --moe-pad-expert-input-to-capacity": [
         f"{GOOD}{CHOICE}default-linear --moe-pad-expert-input-to-capacity",
+    ],
+    "--log-router-gradient-fidelity that is no multiple of --log-interval": [
+        f"{PROBED} 50 --log-interval 100",
+        f"{PROBED} 15 --log-interval 10{CHOICE}topk",
+    ],
+    "--log-router-gradient-fidelity with what hides a layer's backward pass": [
+        f"{PROBED} 100 --overlap-moe-expert-parallel-comm",
+        f"{PROBED} 100 --cuda-graph-impl transformer_engine --cuda-graph-modules moe_router"
+        " moe_preprocess",
+        f"{PROBED} 100 --moe-token-dispatcher-type flex{CHOICE}topk",
+        f"{PROBED} 100 --moe-apply-probs-on-input{CHOICE}topk",
+        f"{PROBED} 100{NOT_SOFTMAX}sigmoid{CHOICE}topk",
+        f"--num-experts 8 --moe-router-topk 2 --log-router-gradient-fidelity 100{CHOICE}topk",
     ],
     "--paper-default-moe with an estimator other than default": [
         f"{GOOD}{CHOICE}dense --paper-default-moe",
