@@ -5,22 +5,37 @@ output names are those of Megatron-LM's `tools/preprocess_data.py`. ``default-mo
 it.
 """
 
+import contextlib
 import json
-import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import batched
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_default_moe import errors
-from megatron_default_moe.data.corpus import quiet_imports, write_documents
+from megatron_default_moe.data import index_files, tokenizers
+from megatron_default_moe.data.corpus import quiet_imports
+from megatron_default_moe.data.index_writer import IndexWriter, dtype_of
 from megatron_default_moe.errors import UserError
 
-Document = dict[str, list[list[int]]]
-"""Per JSON key the items (the sentences, or the whole text as one) of one line."""
+Line = tuple[int, bytes]
+"""Its number in the file, from 1, and its bytes."""
+
+Encoded = tuple[int, str, list[tuple[bytes, list[int]]]]
+"""Number of the line; why it is bad, or ""; by JSON key the ids and the sequences' lengths."""
+
+_NAMED = 10
+"""Bad lines that are named; the others are counted."""
+_CHUNK = 32
+"""Lines that a worker takes at once."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,6 +62,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--split-sentences", action="store_true", help="one item per sentence (nltk's punkt)"
     )
     group.add_argument("--lang", default="english", help="of the sentences, default: %(default)s")
+    group.add_argument(
+        "--keep-empty",
+        action="store_true",
+        help="keep documents without a token in the index, as Megatron-LM's tool does",
+    )
+    group.add_argument("--strict", action="store_true", help="stop at the first bad line")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace files of this prefix that are there"
+    )
     group.add_argument("--workers", type=int, default=1, help="processes, default: %(default)s")
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
 
@@ -54,80 +78,207 @@ def add_arguments(parser: ArgumentParser) -> None:
 def preprocess(args: Namespace, say: Callable[[str], None] = print) -> dict[str, int]:
     """Tokenize `args.input` and write one `.bin/.idx` pair per key.
 
+    A bad line is left out of every key; it is named with its number, or ends the work with
+    `--strict`. The files get their names when all of them are whole.
+
     Args:
         args: what a parser with `add_arguments` returns.
-        say: takes a line per file written.
+        say: takes a line per file written, and per bad line.
 
     Returns:
         Number of tokens by JSON key.
 
     Raises:
-        UserError: a file, key, tokenizer or nltk resource is not there.
+        UserError: a file, key, tokenizer or nltk resource is not there; nothing would be written;
+            files of this prefix are there.
     """
+    prefixes = _prefixes(args)
+    dtype = _Encoder(args).dtype  # a wrong flag fails here, not in a worker
+    with contextlib.ExitStack() as stack:
+        try:
+            args.output_prefix.parent.mkdir(parents=True, exist_ok=True)
+            writers = [IndexWriter(prefix, dtype) for prefix in prefixes]
+            for writer in writers:
+                stack.callback(writer.discard)
+            bad = _write(args, writers, say)
+            for writer in writers:
+                _refuse_without_tokens(args, writer, bad)
+                writer.finish()
+            for writer in writers:
+                writer.publish()
+        except OSError as error:
+            raise UserError(
+                f"--input {args.input} to --output-prefix {args.output_prefix}: {error}"
+            ) from error
+    for writer in writers:
+        left = "kept" if args.keep_empty else "left out"
+        empty = f", {writer.empty:,} empty documents {left}" if writer.empty else ""
+        say(f"{writer.prefix}.bin, {writer.prefix.name}.idx: {writer.tokens:,} tokens{empty}")
+    if bad:
+        say(f"{len(bad):,} bad lines of {args.input} left out (--strict stops at the first)")
+    return {key: writer.tokens for key, writer in zip(args.json_keys, writers, strict=True)}
+
+
+def _prefixes(args: Namespace) -> list[Path]:
+    """Check the flags; return the prefixes that will be written, by key."""
     if not args.tokenizer_type:
         raise UserError("--tokenizer-type is missing; SentencePieceTokenizer, for example")
     if not args.input.is_file():
         raise UserError(f"--input {args.input} is not a file")
     if args.workers < 1:
         raise UserError("--workers must be at least 1")
-    vocab_size = _Encoder(args).tokenizer.vocab_size  # a wrong flag fails here, not in a worker
-
-    args.output_prefix.parent.mkdir(parents=True, exist_ok=True)
+    if len(set(args.json_keys)) < len(args.json_keys):
+        raise UserError(f"--json-keys {' '.join(args.json_keys)} names a key twice")
     level = "sentence" if args.split_sentences else "document"
-    written = {}
-    # One pass per key: a builder wants its documents as one stream.
-    for key in args.json_keys:
-        prefix = Path(f"{args.output_prefix}_{key}_{level}")
-        documents = (document[key] for document in _documents(args) if document[key])
-        partial = prefix.with_name(prefix.name + ".partial")
-        written[key] = write_documents(partial, documents, vocab_size)
+    prefixes = [Path(f"{args.output_prefix}_{key}_{level}") for key in args.json_keys]
+    for prefix in prefixes:
         for ending in (".bin", ".idx"):
-            os.replace(f"{partial}{ending}", f"{prefix}{ending}")
-        say(f"{prefix}.bin, {prefix.name}.idx: {written[key]:,} tokens")
-    return written
+            if Path(f"{prefix}{ending}").exists() and not args.overwrite:
+                raise UserError(
+                    f"--output-prefix {args.output_prefix}: {prefix}{ending} is there; choose"
+                    " another prefix, or give --overwrite"
+                )
+    return prefixes
+
+
+def _write(args: Namespace, writers: list[IndexWriter], say: Callable[[str], None]) -> list[int]:
+    """Write every line's documents; return the numbers of the bad lines."""
+    bad: list[int] = []
+    with args.input.open("rb") as file, contextlib.closing(_encoded(args, file)) as encoded:
+        for number, reason, documents in encoded:
+            if reason:
+                if args.strict:
+                    raise UserError(f"--input {args.input}, line {number}: {reason}")
+                bad.append(number)
+                if len(bad) <= _NAMED:
+                    say(f"{args.input}, line {number}: {reason}; left out")
+                continue
+            for writer, (ids, lengths) in zip(writers, documents, strict=True):
+                writer.empty += not lengths
+                if lengths or args.keep_empty:
+                    writer.add(ids, lengths)
+    return bad
+
+
+def _refuse_without_tokens(args: Namespace, writer: IndexWriter, bad: list[int]) -> None:
+    if not writer.tokens:
+        which = f" ({len(bad):,} bad lines, the first is line {bad[0]})" if bad else ""
+        raise UserError(
+            f"--input {args.input} gives no token for {writer.prefix.name}{which}: nothing is"
+            " written; see --json-keys"
+        )
 
 
 class _Encoder:
-    """Turns a line into items of token ids; lives once in each worker."""
+    """Turns a line into token ids; lives once in each worker."""
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
-        self.tokenizer = _tokenizer(args)
+        self.tokenizer = tokenizers.build(args)
+        self.vocabulary = tokenizers.vocabulary(self.tokenizer, None)
+        self.dtype = dtype_of(self.vocabulary)
+        self.eod = tokenizers.end_of_document(self.tokenizer)
+        if args.append_eod and self.eod is None:
+            raise UserError(
+                f"--append-eod: the tokenizer of --tokenizer-type {args.tokenizer_type} has no"
+                " end-of-document token; take a tokenizer that has one, or leave the flag out"
+            )
         self.split: Callable[[str], list[str]] = lambda text: [text]
         if args.split_sentences:
             self.split = _sentence_splitter(args.lang)
 
-    def __call__(self, numbered: tuple[int, str]) -> Document:
-        number, line = numbered
-        where = f"--input {self.args.input}, line {number}"
+    def __call__(self, lines: Iterable[Line]) -> list[Encoded]:
+        return [self._line(number, line) for number, line in lines]
+
+    def _line(self, number: int, line: bytes) -> Encoded:
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
-        document = {}
-        for key in self.args.json_keys:
-            if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                raise UserError(f"{where}: no text under the key {key!r}; see --json-keys")
-            ids = (list(self.tokenizer.tokenize(part)) for part in self.split(record[key]))
-            items = [item for item in ids if item]
-            if items and self.args.append_eod:
-                items[-1].append(self.tokenizer.eod)
-            document[key] = items
-        return document
+            texts = _texts(line, self.args.json_keys)
+            return number, "", [self._document(text) for text in texts]
+        except _BadLineError as error:
+            return number, str(error), []
 
-
-def _documents(args: Namespace) -> Iterator[Document]:
-    with ExitStack() as stack:
-        lines = stack.enter_context(args.input.open(encoding="utf-8"))
-        numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
-        if args.workers == 1:
-            yield from map(_Encoder(args), numbered)
-        else:
-            # spawn: the parent has imported torch, whose threads do not survive a fork.
-            pool = stack.enter_context(
-                get_context("spawn").Pool(args.workers, _start_worker, (args,))
+    def _document(self, text: str) -> tuple[bytes, list[int]]:
+        try:
+            items = [item for part in self.split(text) if (item := self._ids(part))]
+        except Exception as error:  # as many kinds as there are libraries behind it
+            raise _BadLineError(
+                f"the tokenizer refuses it ({' '.join(str(error).split())})"
+            ) from None
+        if items and self.args.append_eod:
+            items[-1].append(self.eod)
+        ids = np.array([token for item in items for token in item], np.int64)
+        foreign = index_files.outside(ids, self.vocabulary)
+        if foreign is not None:
+            raise _BadLineError(
+                f"token id {foreign} is not among the tokenizer's {self.vocabulary} ids"
             )
-            yield from pool.imap(_encode_in_worker, numbered, chunksize=32)
+        return ids.astype(self.dtype).tobytes(), [len(item) for item in items]
+
+    def _ids(self, text: str) -> list[Any]:
+        return list(self.tokenizer.tokenize(text))
+
+
+class _BadLineError(Exception):
+    """The line cannot be used; the message says why."""
+
+
+def _texts(line: bytes, keys: list[str]) -> list[str]:
+    """Return what stands under the keys."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _BadLineError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+    except (ValueError, RecursionError) as error:
+        raise _BadLineError(f"not JSON ({error})") from None
+    texts = []
+    for key in keys:
+        text = record.get(key) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise _BadLineError(f"no text under the key {key!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{ord(text[error.start]):04x}"
+            raise _BadLineError(
+                f"the text under {key!r} has half a character (\\u{half} alone)"
+            ) from None
+        texts.append(text)
+    return texts
+
+
+def _numbered(lines: Iterable[bytes]) -> Iterator[Line]:
+    """The lines that hold more than white space."""
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, line
+
+
+def _encoded(args: Namespace, lines: Iterable[bytes]) -> Generator[Encoded, None, None]:
+    """Every line encoded, in order; a few chunks for each worker are on their way at a time."""
+    chunks = batched(_numbered(lines), _CHUNK)
+    if args.workers == 1:
+        encode = _Encoder(args)
+        for chunk in chunks:
+            yield from encode(chunk)
+        return
+    # spawn: the parent has imported torch, whose threads do not survive a fork.
+    pool = ProcessPoolExecutor(args.workers, get_context("spawn"), _start_worker, (args,))
+    waiting: deque[Future[list[Encoded]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_encode_in_worker, chunk))
+            if len(waiting) >= 8 * args.workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"--workers {args.workers}: a worker ended (is there memory for so many?); take fewer"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(args: Namespace) -> None:
@@ -135,23 +286,11 @@ def _start_worker(args: Namespace) -> None:
     _encoder = _Encoder(args)
 
 
-def _encode_in_worker(numbered: tuple[int, str]) -> Document:
-    return _encoder(numbered)
+def _encode_in_worker(lines: tuple[Line, ...]) -> list[Encoded]:
+    return _encoder(lines)
 
 
 _encoder: _Encoder
-
-
-def _tokenizer(args: Namespace) -> Any:
-    with quiet_imports():
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-    # No padded vocabulary: that depends on the run that will read the files.
-    flags = Namespace(**{**vars(args), "pad_vocab_size": False})
-    try:
-        return build_tokenizer(flags)
-    except (ValueError, OSError, TypeError) as error:
-        raise UserError(f"--tokenizer-type {args.tokenizer_type}: {error}") from error
 
 
 def _sentence_splitter(language: str) -> Callable[[str], list[str]]:
