@@ -53,7 +53,7 @@ MODELS = {
     "remoe": "--moe-router-gradient remoe --remoe-lambda 2e-3 --num-experts 8",
     "bias": "--moe-loss-free-bias 0.003 --moe-router-topk 2",
     "bias-topk": "--moe-loss-free-bias 0.003 --moe-router-gradient topk"
-    " --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --num-experts 8",
+    " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 --num-experts 8",
     "sqrtsoftplus": "--moe-router-topk 2 --moe-router-score-function sqrtsoftplus"
     " --default-vector-normalized-gate",
 }
