@@ -181,12 +181,12 @@ def common_state(folder: pathlib.Path) -> dict[str, Any]:
         return whole
     if (folder / COMMON).is_file():  # Megatron before 0.18
         with (folder / COMMON).open("rb") as stream:
-            older: dict[str, Any] = safe_pickle.read_state(stream, "cpu")
+            older: dict[str, Any] = safe_pickle.read_state(stream, "cpu", without_megatron=True)
         return older
     places = {place.fqn: item for place, item in index_of(folder).storage_data.items()}
     item = places[COMMON_KEY]
     with (folder / item.relative_path).open("rb") as stream:
         stream.seek(item.offset)
         data = io.BytesIO(stream.read(item.length))
-    state: dict[str, Any] = safe_pickle.read_state(data, "cpu")[0]
+    state: dict[str, Any] = safe_pickle.read_state(data, "cpu", without_megatron=True)[0]
     return state

@@ -58,6 +58,14 @@ STATE_CLASSES = (
 """What the state that is no tensor may hold besides what ``weights_only`` knows, and enums."""
 
 
+class Unknown:
+    """Stands for a value of Megatron's where Megatron is not imported: kept, never used."""
+
+    def __new__(cls, *values: Any) -> "Unknown":
+        """Ignore what the class would have been built from."""
+        return super().__new__(cls)
+
+
 class IndexUnpickler(pickle.Unpickler):
     """An unpickler for ``.metadata`` that refuses every name an index has no use for."""
 
@@ -96,12 +104,14 @@ def read_index(stream: Any, folder: str | pathlib.Path) -> Any:
     return index
 
 
-def read_state(stream: Any, device: str | None = None) -> Any:
+def read_state(stream: Any, device: str | None = None, *, without_megatron: bool = False) -> Any:
     """Read what is no tensor (``torch.save`` of arguments, counters, random state) as data.
 
     Args:
         stream: seekable, from the first byte of the archive.
         device: where tensors inside go; None is where they were.
+        without_megatron: values of Megatron's classes whose module is not imported are ``Unknown``,
+            for a reader of the arguments alone; nothing that trains may go on with such a value.
 
     Raises:
         pickle.UnpicklingError: it names a class that is neither torch's, nor of ``STATE_CLASSES``,
@@ -111,7 +121,7 @@ def read_state(stream: Any, device: str | None = None) -> Any:
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
     start = stream.tell()
-    allowed = _allowed(get_unsafe_globals_in_checkpoint(stream))
+    allowed = _allowed(get_unsafe_globals_in_checkpoint(stream), without_megatron)
     stream.seek(start)
     with safe_globals(allowed):
         return torch.load(stream, map_location=device, weights_only=True)
@@ -131,7 +141,7 @@ def read_file(path: pathlib.Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _allowed(names: list[str]) -> list[Any]:
+def _allowed(names: list[str], without_megatron: bool = False) -> list[Any]:
     """What ``weights_only`` has to be told of these names, besides the dtypes of numpy.
 
     Raises:
@@ -142,6 +152,9 @@ def _allowed(names: list[str]) -> list[Any]:
     allowed: list[Any] = [kind for kind in vars(numpy.dtypes).values() if isinstance(kind, type)]
     for name in names:
         found = _harmless(name)
+        module = name.rpartition(".")[0]
+        if without_megatron and name.startswith("megatron.") and module not in sys.modules:
+            found = Unknown
         if found is None:
             raise pickle.UnpicklingError(f"it names {name}, which no state of Megatron's holds")
         allowed.append((found, name))

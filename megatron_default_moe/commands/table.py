@@ -41,6 +41,11 @@ COMMANDS = (
         "metrics.csv and the plots, from a run's TensorBoard events",
     ),
     Command(
+        "inspect",
+        "megatron_default_moe.inspection.command",
+        "a checkpoint's routers and default vectors, by layer: a table and one page",
+    ),
+    Command(
         "calibrate",
         "megatron_default_moe.loop.calibrate",
         "give a trained TopK checkpoint its default vectors, without training",

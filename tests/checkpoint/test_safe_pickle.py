@@ -168,3 +168,22 @@ def test_what_megatron_writes_is_read_as_it_was(tmp_path: pathlib.Path, patched:
         assert torch.equal(read["tensor"], common["tensor"])
     assert on_disk.keys(folder) is not None
     assert on_disk.damage(folder) is None
+
+
+def test_without_megatron_its_values_are_unknown_and_the_arguments_are_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that imports no Megatron has none of its enums; nothing else is let through."""
+    for module, known in (("megatron.core.of_tomorrow", True), ("somewhere_else", False)):
+        mode = enum.Enum("Mode", {"ON": 1}, module=module)
+        with monkeypatch.context() as there:
+            there.setitem(sys.modules, module, argparse.Namespace(Mode=mode))
+            common = {"args": argparse.Namespace(seed=7), "mode": mode.ON}
+            folder = save(tmp_path / module, common)
+        if known:
+            state = on_disk.common_state(folder)
+            assert vars(state["args"]) == {"seed": 7}
+            assert isinstance(state["mode"], safe_pickle.Unknown)
+        else:
+            with pytest.raises(pickle.UnpicklingError, match=r"names somewhere_else\.Mode"):
+                on_disk.common_state(folder)
