@@ -46,6 +46,11 @@ COMMANDS = (
         "a checkpoint's routers and default vectors, by layer: a table and one page",
     ),
     Command(
+        "compare",
+        "megatron_default_moe.compare.command",
+        "train arms over seeds and compare them in pairs, with intervals",
+    ),
+    Command(
         "calibrate",
         "megatron_default_moe.loop.calibrate",
         "give a trained TopK checkpoint its default vectors, without training",

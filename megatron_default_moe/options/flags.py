@@ -16,6 +16,7 @@ from this one, for which this file's own lines win. The command line wins over a
 import argparse
 import dataclasses
 import difflib
+import json
 import pathlib
 import re
 from typing import Any, Never
@@ -118,7 +119,7 @@ def _lines_of_file(
         path: the file.
         derived: the files that name this one as their base, to notice a circle.
     """
-    values = _load(path)
+    values = load(path)
     lines: dict[str, tuple[pathlib.Path, Any]] = {}
     base = values.pop("base", None)
     if base is not None:
@@ -134,17 +135,59 @@ def _lines_of_file(
                 " folder)"
             )
         lines = _lines_of_file(base_path, seen)
-    own: set[str] = set()
-    for key, value in values.items():
-        # One spelling per flag, so that a line replaces its base's and `false` clears its switch.
-        name = str(key).removeprefix("--").replace("_", "-")
-        if value is not None:
-            if name in own:
-                raise UserError(f"--config {path}: {name} is there twice, in two spellings")
-            own.add(name)
+    for name, value in in_one_spelling(values, f"--config {path}").items():
         lines.pop(name, None)
         lines[name] = (path, value)
     return lines
+
+
+def in_one_spelling(values: dict[Any, Any], where: str) -> dict[str, Any]:
+    """The lines by the flags' names, so that a line replaces its base's and `false` clears it.
+
+    Args:
+        values: lines as they are written.
+        where: begins the sentence of a mistake.
+
+    Raises:
+        UserError: a flag is there twice.
+    """
+    lines: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).removeprefix("--").replace("_", "-")
+        if value is not None and lines.get(name) is not None:
+            raise UserError(f"{where}: {name} is there twice, in two spellings")
+        if value is not None or name not in lines:
+            lines[name] = value
+    return lines
+
+
+def lines_of(path: pathlib.Path) -> dict[str, Any]:
+    """The lines of a file and of its bases by the flags' names; see :func:`text_of`.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    return {name: value for name, (_, value) in _lines_of_file(path, ()).items()}
+
+
+def text_of(lines: dict[str, Any]) -> str:
+    """A file that holds these lines, in alphabetical order.
+
+    Args:
+        lines: as :func:`load` returns them.
+    """
+
+    def written(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{', '.join(written(item) for item in value)}]"
+        if isinstance(value, Truth):
+            return value.text
+        # A dollar sign that was filled in once is no variable any more.
+        return json.dumps(str(value), ensure_ascii=False).replace("${", "\\\\${")
+
+    return "".join(
+        f"{name}: {written(value)}\n" for name, value in sorted(lines.items()) if value is not None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +202,16 @@ class Truth:
         return self.text
 
 
-def _load(path: pathlib.Path) -> dict[Any, Any]:
-    """What a YAML file holds, environment variables filled in: `Truth`, None, text, or lists."""
+def load(path: pathlib.Path, what: str = "--config") -> dict[Any, Any]:
+    """What a YAML file holds, environment variables filled in: `Truth`, None, text, lists, dicts.
+
+    Args:
+        path: the file.
+        what: what the file is to the user; begins the sentence of a mistake.
+
+    Raises:
+        UserError: the file cannot be read or is no YAML.
+    """
     import omegaconf
     import yaml
 
@@ -169,15 +220,15 @@ def _load(path: pathlib.Path) -> dict[Any, Any]:
         loaded = yaml.load(text, Loader=_text_loader())
         written = {} if loaded is None else loaded
         if not isinstance(written, dict):
-            raise UserError(f"--config {path}: the file must hold lines of the form 'flag: value'")
+            raise UserError(f"{what} {path}: the file must hold lines of the form 'flag: value'")
         config = omegaconf.OmegaConf.create(written)
         values: Any = omegaconf.OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.InterpolationResolutionError as error:
-        raise UserError(f"--config {path}: {_one_line(error)}") from error
+        raise UserError(f"{what} {path}: {_one_line(error)}") from error
     except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not a valid YAML file ({_one_line(error)})") from error
+        raise UserError(f"{what} {path}: not a valid YAML file ({_one_line(error)})") from error
     except OSError as error:
-        raise UserError(f"--config {path}: the file cannot be read ({error.strerror})") from error
+        raise UserError(f"{what} {path}: the file cannot be read ({error.strerror})") from error
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     nodes = {key.value: value for key, value in node.value} if node else {}
     return {key: _as_written(value, nodes.get(str(key))) for key, value in values.items()}
@@ -189,6 +240,10 @@ def _as_written(value: Any, node: Any) -> Any:
         nodes = node.value if isinstance(getattr(node, "value", None), list) else []
         padded = [*nodes, *[None] * (len(value) - len(nodes))]
         return [_as_written(item, one) for item, one in zip(value, padded, strict=True)]
+    if isinstance(value, dict):
+        pairs = node.value if isinstance(getattr(node, "value", None), list) else []
+        by_key = {pair[0].value: pair[1] for pair in pairs if isinstance(pair, tuple)}
+        return {key: _as_written(item, by_key.get(str(key))) for key, item in value.items()}
     if not isinstance(value, bool):
         return value
     text = getattr(node, "value", None)

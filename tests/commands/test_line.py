@@ -25,6 +25,7 @@ TOOLS = {
     "doctor": "doctor",
     "preprocess": "preprocess_data",
     "report": "report",
+    "compare": "compare",
     "calibrate": "calibrate",
 }
 

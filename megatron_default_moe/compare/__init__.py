@@ -1,0 +1,1 @@
+"""Several arms over several seeds: run, paired by seed, and compared."""

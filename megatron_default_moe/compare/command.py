@@ -1,0 +1,79 @@
+"""``default-moe compare STUDY.yaml``: arms over seeds, paired, with intervals."""
+
+import argparse
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_default_moe import errors
+from megatron_default_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_default_moe.compare.results import Result
+    from megatron_default_moe.compare.study import Study
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 1 where a run failed, the others having gone on."""
+    parser = argparse.ArgumentParser(
+        prog="default-moe compare",
+        description="Train every arm of a study with every seed, and compare them in pairs.",
+        epilog="Started again, it goes on where it stopped, and repeats no finished run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", type=pathlib.Path, help="a YAML file (docs/compare.md)")
+    parser.add_argument("--out", type=pathlib.Path, help="default: runs/NAME of the study's file")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, default: 1")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing, compare what is finished"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return _compare(args)
+    except UserError as error:
+        return errors.report(error)
+    except KeyboardInterrupt:
+        print("\n> stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from megatron_default_moe.compare import checks, runs, study
+
+    if args.parallel < 1:
+        raise UserError(f"--parallel must be at least 1, not {args.parallel}")
+    found = study.read(args.study)
+    out = args.out or pathlib.Path("runs") / args.study.stem
+    planned = runs.runs_of(found, out)
+    failed: dict[str, str] = {}
+    if not args.report:
+        if not all(run.done for run in planned):
+            checks.check(found)
+            runs.prepare(found, out, _say)
+        failed = runs.run_all(planned, args.parallel, _say)
+        for name, reason in failed.items():
+            print(f"FAILED: {name}: {reason}", file=sys.stderr)
+    measured = [run.result() for run in planned if run.done]
+    if measured:
+        _report(found, measured, out)
+    elif not failed:
+        raise UserError(f"no run below {out} is finished: without --report, the runs are trained")
+    return 1 if failed else 0
+
+
+def _report(found: "Study", measured: "list[Result]", out: pathlib.Path) -> None:
+    from megatron_default_moe.compare import results
+
+    table = results.rows(list(found.arms), found.baseline, measured)
+    results.write_table(table, found.seeds, out / "table.csv")
+    results.write_metrics(measured, out / "metrics.csv")
+    print(f"\n{results.text(table)}\n\nDifferences are to {found.baseline}, in pairs of a seed.")
+    print(f"Written to {out}: table.csv, metrics.csv")
+
+
+def _say(line: str) -> None:
+    print(f"> {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
