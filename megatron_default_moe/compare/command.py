@@ -55,20 +55,23 @@ def _compare(args: argparse.Namespace) -> int:
             print(f"FAILED: {name}: {reason}", file=sys.stderr)
     measured = [run.result() for run in planned if run.done]
     if measured:
-        _report(found, measured, out)
+        _report(found, measured, failed, out)
     elif not failed:
         raise UserError(f"no run below {out} is finished: without --report, the runs are trained")
     return 1 if failed else 0
 
 
-def _report(found: "Study", measured: "list[Result]", out: pathlib.Path) -> None:
-    from megatron_default_moe.compare import results
+def _report(
+    found: "Study", measured: "list[Result]", failed: dict[str, str], out: pathlib.Path
+) -> None:
+    from megatron_default_moe.compare import page, results
 
     table = results.rows(list(found.arms), found.baseline, measured)
     results.write_table(table, found.seeds, out / "table.csv")
     results.write_metrics(measured, out / "metrics.csv")
     print(f"\n{results.text(table)}\n\nDifferences are to {found.baseline}, in pairs of a seed.")
-    print(f"Written to {out}: table.csv, metrics.csv")
+    page.write(found, table, failed, out / "report.html")
+    print(f"Written to {out}: report.html, table.csv, metrics.csv")
 
 
 def _say(line: str) -> None:

@@ -30,7 +30,7 @@ def plot_loss(scalars: Scalars, path: Path) -> None:
     axes = figure.subplots()
     train = scalars.series.get(TRAIN_LOSS, {})
     validation = scalars.series.get(VALIDATION_LOSS, {})
-    scale, label = _x_axis(scalars)
+    scale, label = x_axis(scalars)
     if train:
         x, y = _points(scalars, train, scale)
         # The mean of a step's batch is noisy: show it, and a running mean over it.
@@ -38,7 +38,7 @@ def plot_loss(scalars: Scalars, path: Path) -> None:
         if window > 1:
             axes.plot(x, y, color="tab:blue", alpha=0.25, linewidth=0.8)
         name = "train" if window == 1 else f"train (mean over {window} logged steps)"
-        axes.plot(x, _running_mean(y, window), color="tab:blue", linewidth=1.6, label=name)
+        axes.plot(x, running_mean(y, window), color="tab:blue", linewidth=1.6, label=name)
     if validation:
         x, y = _points(scalars, validation, scale)
         axes.plot(x, y, "o-", color="tab:orange", markersize=4, label="validation")
@@ -50,7 +50,7 @@ def plot_loss(scalars: Scalars, path: Path) -> None:
     if train or validation or test:
         axes.legend()
     else:
-        _absent(axes, f"no scalar '{TRAIN_LOSS}'")
+        absent(axes, f"no scalar '{TRAIN_LOSS}'")
     axes.set(title="Loss against training data", xlabel=label, ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -72,7 +72,7 @@ def plot_experts(scalars: Scalars, path: Path) -> None:
     figure = Figure(figsize=(max(8.0, 3.2 * columns), height), layout="constrained")
     ratios = [1.0] * rows + ([1.3] if norms else [])
     grid = figure.add_gridspec(len(ratios), columns, height_ratios=ratios)
-    scale, label = _x_axis(scalars)
+    scale, label = x_axis(scalars)
 
     panels: list[Axes] = []
     image: Any = None
@@ -82,7 +82,7 @@ def plot_experts(scalars: Scalars, path: Path) -> None:
         axes.set(ylabel="expert", xlabel=label)
         if not layers:
             axes.set_title("Load per expert")
-            _absent(axes, "no scalars 'load/layer_L/expert_E' (see --moe-per-layer-logging)")
+            absent(axes, "no scalars 'load/layer_L/expert_E' (see --moe-per-layer-logging)")
             continue
         axes.set_title(f"Load per expert, layer {layers[index]}")
         image = _draw_load(axes, scalars, loads[layers[index]], scale)
@@ -165,11 +165,15 @@ def _x(scalars: Scalars, step: int) -> float:
     return float(step if tokens is None else tokens)
 
 
-def _x_axis(scalars: Scalars) -> tuple[float, str]:
+def x_axis(scalars: Scalars) -> tuple[float, str]:
     """Divisor and label of the x axis, by the size of the run."""
     if scalars.tokens_per_step is None:
         return 1.0, "step"
-    largest = _x(scalars, scalars.steps()[-1])
+    return token_axis(_x(scalars, scalars.steps()[-1]))
+
+
+def token_axis(largest: float) -> tuple[float, str]:
+    """Divisor and label of an axis of tokens, up to so many."""
     for scale, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
         if largest >= scale:
             return scale, f"tokens ({name})"
@@ -181,7 +185,7 @@ def _points(scalars: Scalars, series: Series, scale: float) -> tuple[Any, Any]:
     return x, np.array(list(series.values()))
 
 
-def _running_mean(values: Any, window: int) -> Any:
+def running_mean(values: Any, window: int) -> Any:
     """Mean over `window` values around each, over fewer at both ends (no lag behind the loss)."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -189,5 +193,6 @@ def _running_mean(values: Any, window: int) -> Any:
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
-def _absent(axes: Axes, why: str) -> None:
+def absent(axes: Axes, why: str) -> None:
+    """Say in an empty panel what it would show."""
     axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color="gray")

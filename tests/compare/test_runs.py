@@ -4,6 +4,7 @@ Contract: runs of a seed begin with the same weights and batches; a finished run
 a killed one goes on or starts anew; a failed one is named and the rest goes on.
 """
 
+import base64
 import csv
 import os
 import pathlib
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import studies
 
-from megatron_default_moe.compare import results, runs, study
+from megatron_default_moe.compare import runs, study
 from megatron_default_moe.compare.command import main
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -128,26 +129,55 @@ def test_the_table_is_what_the_runs_measured(compared: Any) -> None:
     assert {int(row["tokens"]) for row in rows} == {step * 4 * 32 for step in range(1, 7)}
 
 
-def test_a_failed_run_is_named_and_the_rest_goes_on(
+def test_a_failed_run_is_named_the_rest_goes_on_and_both_can_be_gone_on_with(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "study.yaml", tmp_path / "out"
+    command = [str(file), "--out", str(out), "--parallel", "2"]
+    # It ends by itself after four of six steps, and would not where it begins at the fourth.
+    half = f"{ARMS['topk']}, save-interval: 2, exit-interval: 4"
     broken = f"{ARMS['dense']}, moe-pad-expert-input-to-capacity: true"
-    studies.write(file, {"broken": broken, "topk": ARMS["topk"]}, seeds="[3]")
-    assert main([str(file), "--out", str(out)]) == 1
+    studies.write(file, {"half": half, "broken": broken, "topk": ARMS["topk"]}, seeds="[3]")
+    assert main(command) == 1
     printed = capsys.readouterr()
     assert re.search(r"FAILED: broken seed 3: exit code 2: .*capacity", printed.err)
+    assert "half seed 3: no validation loss was logged after step 6: it ended at" in printed.err
     assert "topk seed 3: done in" in printed.out
-    table = table_of(out)
-    assert (table["broken"]["finished_seeds"], table["topk"]["finished_seeds"]) == ("0", "1")
-    # The trained arm keeps to its flags; the failed one may be mended.
-    studies.write(
-        file, {"broken": ARMS["dense"], "topk": "moe-router-gradient: topk, lr: 2"}, "[3]"
+    assert [row["finished_seeds"] for row in table_of(out).values()] == ["0", "0", "1"]
+    assert "Failed: broken seed 3: exit code 2" in (out / "report.html").read_text()
+    # What was trained keeps to its flags; what failed before step 1 may be mended.
+    studies.write(file, {"half": half, "broken": ARMS["dense"], "topk": "lr: 2"}, seeds="[3]")
+    assert main(command) == 2
+    assert "topk/seed-3 was trained with another lr, moe-router-gradient: name" in (
+        capsys.readouterr().err
     )
-    assert main([str(file), "--out", str(out), "--report"]) == 2
-    assert re.search(r"topk/seed-3 was trained with another lr: name", capsys.readouterr().err)
-    studies.write(file, {"broken": ARMS["dense"], "topk": ARMS["topk"]}, seeds="[3]")
-    assert len(runs.runs_of(study.read(file), out)) == 2
+    studies.write(file, {"half": half, "broken": "lr: 2", "topk": ARMS["topk"]}, seeds="[3]")
+    assert main(command) == 0
+    assert "half seed 3: started from step 4" in capsys.readouterr().out
+    assert started(out) == {"half seed-3": 2, "broken seed-3": 1, "topk seed-3": 1}
+    table = table_of(out)
+    # Stopped and gone on with, it is the run of the same flags to the bit.
+    assert table["half"]["final_loss_mean"] == table["topk"]["final_loss_mean"]
+    assert float(table["topk"]["difference_mean"]) == 0
+
+
+def test_the_page_is_one_file_that_says_what_the_table_says(compared: Any) -> None:
+    _, out, *_ = compared
+    text = (out / "report.html").read_text()
+    addresses = re.findall(r"(?:src|href)=\"?([^\" >]+)", text)
+    assert len(addresses) == 4
+    for address in addresses:
+        head, _, data = address.partition(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert not re.search(r"https?:|@import|url\(|<script|<link", text)
+    dense = table_of(out)["dense"]
+    shown = re.search(r"<tr><td>dense</td>(.*?)</tr>", text)
+    assert shown is not None
+    assert f"<td>{float(dense['final_loss_mean']):.4f}</td>" in shown[1]
+    assert f"<td>{float(dense['difference_mean']):+.4f}</td>" in shown[1]
+    assert "4 of 4 runs are finished, each of 6 steps" in text
+    assert "topk: moe-router-gradient: topk\ndense: moe-router-gradient: dense\nseeds: 1, 2" in text
 
 
 def test_a_run_that_another_process_is_at_is_left_alone(
@@ -164,10 +194,3 @@ def test_a_run_that_another_process_is_at_is_left_alone(
         failed = runs.run_all(planned, 1, print)
     assert failed == {"topk seed 1": "another process is at it"}
     assert not (planned[0].folder / "config.yaml").exists()
-
-
-def test_a_run_that_ends_early_is_not_finished(compared: Any) -> None:
-    file, out, *_ = compared
-    run = runs.runs_of(study.read(file), out)[0]
-    with pytest.raises(results.UserError, match=r"after step 7: it ended at step 6 of 7"):
-        results.read(run.arm, run.seed, run.folder / "tensorboard", 7)

@@ -154,4 +154,4 @@ def test_a_run_without_default_vectors_has_no_panel_of_them(tmp_path, monkeypatc
 
 def test_running_mean_keeps_the_ends_and_does_not_lag():
     values = [float(i) for i in range(20)]
-    assert plots._running_mean(values, 5).tolist() == values
+    assert plots.running_mean(values, 5).tolist() == values
