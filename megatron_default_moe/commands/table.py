@@ -55,4 +55,9 @@ COMMANDS = (
         "megatron_default_moe.loop.calibrate",
         "give a trained TopK checkpoint its default vectors, without training",
     ),
+    Command(
+        "planted",
+        "megatron_default_moe.planted.command",
+        "compare the estimators on a task in which the router's gradient matters, in minutes",
+    ),
 )

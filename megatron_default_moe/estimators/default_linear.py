@@ -61,11 +61,9 @@ class _Anchored(torch.autograd.Function):
         active_TE = probs_TE != 0
         # Only passes whose gradients the optimizer takes have one.
         router.count_fit(grads_TE[0], predicted_TE, active_TE)
-        strength = router.anchor_strength()
-        if strength is not None:
-            shift_T = linear.anchor(predicted_TE, grads_TE[0], probs_TE)
-            predicted_TE = predicted_TE + (strength * shift_T).unsqueeze(-1)
-        unused_TE = predicted_TE.masked_fill(active_TE, 0)
+        unused_TE = linear.unused_gradient(
+            predicted_TE, grads_TE[0], probs_TE, router.anchor_strength()
+        )
         return grads_TE[0], unused_TE.to(ctx.dtype), None, None
 
 
@@ -198,18 +196,11 @@ class DefaultLinearRouter(DefaultMoERouter):
     @torch.no_grad()
     def count_fit(self, grad_TE: Tensor, predicted_TE: Tensor, active_TE: Tensor) -> None:
         """Add up how well the used experts' terms are predicted, over this rank's tokens."""
-        true_TE = grad_TE.float().masked_fill(~active_TE, 0)
-        missed_TE = true_TE - predicted_TE.masked_fill(~active_TE, 0)
-        self.local_fit[0] += missed_TE.square().sum()
-        self.local_fit[1] += true_TE.square().sum()
+        self.local_fit += linear.fit(predicted_TE, grad_TE, active_TE)
 
     def anchor_strength(self) -> Tensor | float | None:
         """Return delta: by ``--default-linear-anchor``, or None for none."""
-        return {
-            "none": None,
-            "full": 1.0,
-            "scaled": linear.explained(self.anchor_fit),
-        }[self.options.linear_anchor]
+        return linear.anchor_strength(self.options.linear_anchor, self.anchor_fit)
 
     def local_step_sums(self) -> list[Tensor]:
         """Return the buffers that the running step is summed up in on this rank."""
@@ -246,9 +237,5 @@ class DefaultLinearRouter(DefaultMoERouter):
             router.linear_moments.copy_(
                 linear.average(router.linear_moments, moments, mass_E, beta)
             )
-            # The ratio: how large gradients are depends on the number of data-parallel ranks.
-            fit = fit / fit[1]
-            router.anchor_fit.copy_(
-                linear.average(router.anchor_fit[None], fit[None], fit[1:], beta)[0]
-            )
+            router.anchor_fit.copy_(linear.average_fit(router.anchor_fit, fit, beta))
             router._solved = False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_default_moe.layers.observed_router import ObservedTopKRouter
+from megatron_default_moe.maths import balance
 
 
 class ReMoERouter(ObservedTopKRouter):
@@ -62,12 +63,11 @@ class ReMoERouter(ObservedTopKRouter):
         torch.distributed.all_reduce(open_E, group=self.tp_dp_cp_group)
         ranks = self.tp_dp_cp_group.size()
         num_tokens = probs_TE.shape[0] * ranks
-        share_E = open_E / (num_tokens * self.topk)
         # A rank's share of the mean; gradients are averaged over data-parallel ranks afterwards.
         dp_size = ranks // self.tp_cp_group.size()
         mean_E = probs_TE.float().sum(0) / num_tokens
         weight = self.sparsity_weight.squeeze(0) * dp_size
-        loss = weight * self.num_experts * (share_E * mean_E).sum()
+        loss = balance.sparsity_loss(weight, mean_E, open_E, num_tokens, self.topk)
         attached: Tensor = self.attach_and_log_load_balancing_loss(
             probs_TE,
             weight,
@@ -95,6 +95,7 @@ class ReMoERouter(ObservedTopKRouter):
         for router in taking:
             assert router.model_load is not None
             routed, possible = router.model_load.unbind()
-            sparsity, target = 1 - routed / possible, 1 - router.topk / router.num_experts
-            factor = router.options.remoe_factor
-            router.sparsity_weight.mul_(torch.where(sparsity < target, factor, 1 / factor))
+            factor = balance.sparsity_weight_factor(
+                routed, possible, router.topk, router.num_experts, router.options.remoe_factor
+            )
+            router.sparsity_weight.mul_(factor)

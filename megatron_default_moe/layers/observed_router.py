@@ -29,7 +29,7 @@ from megatron_default_moe.errors import UserError
 from megatron_default_moe.layers import fidelity, own_choice
 from megatron_default_moe.layers.layer_metrics import layer_metrics
 from megatron_default_moe.layers.step_sums import StepSums
-from megatron_default_moe.maths import functional
+from megatron_default_moe.maths import balance, functional
 from megatron_default_moe.options.config import RouterGradientConfig
 
 _MARK_FLOAT32 = getattr(module, "mark_keep_in_fp32", None)
@@ -433,4 +433,5 @@ class ObservedTopKRouter(TopKRouter):
             rate = router.options.loss_free_bias
             if rate is not None and not router.frozen_expert_bias:
                 assert router.pending is not None
-                own_choice.move_bias(router.choice_bias, router.pending.counts, rate)
+                counts_E = router.pending.counts
+                router.choice_bias.copy_(balance.moved_bias(router.choice_bias, counts_E, rate))

@@ -102,17 +102,3 @@ def biased_topk(router: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         precomputed_indices=chosen_TK,
     )
     return probs_TE, map_TE
-
-
-@torch.no_grad()
-def move_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """Move the bias of each expert by ``rate`` towards the mean load, in place.
-
-    ``b_i <- b_i + rate sign(mean load - load_i)`` (arXiv 2408.15664, algorithm 1).
-
-    Args:
-        bias_E: [E] float32.
-        counts_E: [E] tokens routed to each expert in the step, over all ranks.
-        rate: the paper's u.
-    """
-    bias_E.add_(torch.sign(counts_E.mean() - counts_E), alpha=rate)

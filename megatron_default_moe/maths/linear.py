@@ -170,3 +170,59 @@ def explained(fit_2: Tensor) -> Tensor:
     """
     ratio = 1 - fit_2[0] / fit_2[1]
     return torch.where(ratio.isfinite(), ratio, 0).clamp(0, 1)
+
+
+def fit(predicted_TE: Tensor, active_grad_TE: Tensor, active_TE: Tensor) -> Tensor:
+    """Return how well the used experts' terms are predicted: [2] float32.
+
+    ``sum (g - prediction)^2`` and ``sum g^2`` over used experts.
+
+    Args:
+        predicted_TE: [T, E] from :func:`predictions`.
+        active_grad_TE: [T, E] ``g_a = <dy, E_a(x)>`` at used experts.
+        active_TE: [T, E] bool, the used ones.
+    """
+    true_TE = active_grad_TE.float().masked_fill(~active_TE, 0)
+    missed_TE = true_TE - predicted_TE.masked_fill(~active_TE, 0)
+    return torch.stack([missed_TE.square().sum(), true_TE.square().sum()])
+
+
+def average_fit(old_2: Tensor, fit_2: Tensor, beta: float) -> Tensor:
+    """Return the moving average of a step's :func:`fit`, as shares of its second number: [2].
+
+    (How large gradients are depends on the number of data-parallel ranks; the share does not.)
+    """
+    share_2 = fit_2 / fit_2[1]
+    return average(old_2[None], share_2[None], share_2[1:], beta)[0]
+
+
+def anchor_strength(form: str, fit_2: Tensor) -> Tensor | float | None:
+    """Return delta, the share of :func:`anchor` that is added; None for none.
+
+    Args:
+        form: ``none``, ``full`` or ``scaled`` (:func:`explained`).
+        fit_2: [2] from :func:`average_fit`.
+    """
+    return {"none": None, "full": 1.0, "scaled": explained(fit_2)}[form]
+
+
+def unused_gradient(
+    predicted_TE: Tensor,
+    active_grad_TE: Tensor,
+    probs_TE: Tensor,
+    strength: Tensor | float | None,
+) -> Tensor:
+    """Return the gradient of the unused experts' probabilities: [T, E], zero at used ones.
+
+    The predictions, each shifted by ``strength`` times the :func:`anchor` of its token.
+
+    Args:
+        predicted_TE: [T, E] from :func:`predictions`.
+        active_grad_TE: [T, E] ``g_a = <dy, E_a(x)>`` at used experts.
+        probs_TE: [T, E] multipliers, zero at unused experts.
+        strength: from :func:`anchor_strength`.
+    """
+    if strength is not None:
+        shift_T = anchor(predicted_TE, active_grad_TE, probs_TE)
+        predicted_TE = predicted_TE + (strength * shift_T).unsqueeze(-1)
+    return predicted_TE.masked_fill(probs_TE != 0, 0)

@@ -16,7 +16,7 @@ FACADES = {"", "functional", "patches", "entry"}
 
 LAYERS = ("maths", "kernels", "options", "errors")
 SIDE_BY_SIDE = ("checkpoint", "cpu", "data", "report", "machine")
-TOP = ("plan", "inspection", "evaluate", "export", "compare", "pretrain")
+TOP = ("plan", "inspection", "planted", "evaluate", "export", "compare", "pretrain")
 BELOW_THE_LOOP = (*LAYERS, "layers", "estimators")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
