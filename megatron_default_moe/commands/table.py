@@ -38,7 +38,7 @@ COMMANDS = (
     Command(
         "report",
         "megatron_default_moe.report.command",
-        "metrics.csv and the plots, from a run's TensorBoard events",
+        "metrics.csv and the plots, from a run's TensorBoard events; or several runs in one plot",
     ),
     Command(
         "inspect",

@@ -1,4 +1,7 @@
-"""``default-moe report RUN_DIR``: metrics.csv, loss.png and experts.png of a run."""
+"""``default-moe report RUN_DIR``: metrics.csv, loss.png and experts.png of a run.
+
+``default-moe report RUN_DIR RUN_DIR ...`` draws several runs over one another.
+"""
 
 import argparse
 import sys
@@ -12,9 +15,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="default-moe report",
-        description="Write metrics.csv, loss.png and experts.png from a run's TensorBoard events.",
+        description="Write metrics.csv, loss.png and experts.png from a run's TensorBoard events;"
+        " of several runs, loss.png, router.png and layers.png with a line for each.",
     )
-    parser.add_argument("run_dir", type=Path, help="the run's folder; files are written here")
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        nargs="+",
+        help="the run's folder, where files are written; or several runs' folders",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        help="for the files of several runs, default: ./report-of-N-runs",
+    )
     parser.add_argument(
         "--tensorboard-dir", type=Path, help="the run's events, default: RUN_DIR/tensorboard"
     )
@@ -24,18 +38,32 @@ def main(argv: list[str] | None = None) -> int:
         help="global batch size times sequence length, for runs that did not log tokens",
     )
     args = parser.parse_args(argv)
-    from megatron_default_moe.report.report import summary, write_report
-
     try:
-        write_report(
-            args.run_dir,
-            tensorboard_dir=args.tensorboard_dir,
-            tokens_per_step=args.tokens_per_step,
-        )
+        print(_report(args) if len(args.run_dir) == 1 else _overlay(args))
     except UserError as error:
         return errors.report(error)
-    print(summary(args.run_dir))
     return 0
+
+
+def _report(args: argparse.Namespace) -> str:
+    from megatron_default_moe.report.report import summary, write_report
+
+    (run_dir,) = args.run_dir
+    if args.output_dir is not None:
+        raise UserError("--output-dir is for several runs: one run's files go into its own folder")
+    write_report(
+        run_dir, tensorboard_dir=args.tensorboard_dir, tokens_per_step=args.tokens_per_step
+    )
+    return summary(run_dir)
+
+
+def _overlay(args: argparse.Namespace) -> str:
+    from megatron_default_moe.report import overlay
+
+    if args.tensorboard_dir is not None:
+        raise UserError("--tensorboard-dir is for one run: name each run's folder, or its events'")
+    folder = args.output_dir or Path(f"report-of-{len(args.run_dir)}-runs")
+    return overlay.write(args.run_dir, folder, args.tokens_per_step)
 
 
 if __name__ == "__main__":

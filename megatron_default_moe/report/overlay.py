@@ -5,15 +5,25 @@ greatest of them.
 """
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_default_moe.errors import UserError
 from megatron_default_moe.report.plots import absent, running_mean, token_axis
-from megatron_default_moe.report.scalars import TRAIN_LOSS, VALIDATION_LOSS, Scalars, Series
+from megatron_default_moe.report.scalars import (
+    STEP_SECONDS,
+    TRAIN_LOSS,
+    VALIDATION_LOSS,
+    Scalars,
+    Series,
+    read_scalars,
+)
 
 Groups = Mapping[str, Sequence[Scalars]]
 """Runs by the name of their line; an empty group is left out."""
@@ -120,13 +130,13 @@ def balance(groups: Groups) -> Figure:
     """Load and router against tokens, a panel for each of `BALANCE` that any run logged."""
     found = [tag for tag in BALANCE if _logged(groups, tag)] or [LOAD]
     figure = Figure(figsize=(6 * min(2, len(found)), 4 * -(-len(found) // 2)), layout="constrained")
-    panels = figure.subplots(-(-len(found) // 2), min(2, len(found)), squeeze=False).flat
-    for axes in panels:
-        axes.set_axis_off()
-    for axes, tag in zip(panels, found, strict=False):
-        axes.set_axis_on()
-        draw_bands(axes, groups, tag, smooth=True)
-        axes.set(title=tag, ylabel=BALANCE[tag])
+    panels = figure.subplots(-(-len(found) // 2), min(2, len(found)), squeeze=False)
+    for place, axes in enumerate(panels.flat):
+        if place >= len(found):
+            axes.set_axis_off()
+            continue
+        draw_bands(axes, groups, found[place], smooth=True)
+        axes.set(title=found[place], ylabel=BALANCE[found[place]])
     return figure
 
 
@@ -172,3 +182,66 @@ def _layers(groups: Groups, tag: str) -> list[int]:
 def _late(series: Series) -> float:
     values = list(series.values())
     return float(np.mean(values[-max(1, len(values) // 10) :]))
+
+
+def write(run_dirs: Sequence[Path], folder: Path, tokens_per_step: int | None = None) -> str:
+    """Write ``loss.png``, ``router.png`` and, where layers were logged, ``layers.png``.
+
+    Args:
+        run_dirs: the runs' folders, or their events'.
+        folder: where to write.
+        tokens_per_step: see ``read_scalars``.
+
+    Returns:
+        A table of the runs.
+
+    Raises:
+        UserError: a run is there twice, or has no events.
+    """
+    groups = {
+        name: [read_scalars(events, tokens_per_step)]
+        for name, events in zip(names(run_dirs), map(_events, run_dirs), strict=True)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"loss.png": losses(groups), "router.png": balance(groups)}
+    if (layers := by_layer(groups)) is not None:
+        figures["layers.png"] = layers
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=130)
+    width = max(len(name) for name in groups)
+    rows = [f"{name:<{width}}  {_ended(runs[0])}" for name, runs in groups.items()]
+    return "\n".join([*rows, f"Written to {folder}: {', '.join(figures)}"])
+
+
+def names(run_dirs: Sequence[Path]) -> list[str]:
+    """A name for each run: what their paths do not share.
+
+    Raises:
+        UserError: a run is there twice.
+    """
+    paths = [path.resolve() for path in run_dirs]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"{twice[0]} is given twice: name different runs to draw over one another")
+    parts = [list(path.parts) for path in paths]
+    for end in (0, -1):  # What all begin with, then what all end with.
+        while min(map(len, parts)) > 1 and len({one[end] for one in parts}) == 1:
+            for one in parts:
+                del one[end]
+    return ["/".join(one) for one in parts]
+
+
+def _events(run_dir: Path) -> Path:
+    inside = run_dir / "tensorboard"
+    return inside if inside.is_dir() else run_dir
+
+
+def _ended(run: Scalars) -> str:
+    """What a run's last numbers are."""
+    parts = []
+    for what, tag in (("train", TRAIN_LOSS), ("validation", VALIDATION_LOSS)):
+        if series := run.series.get(tag):
+            step = max(series)
+            parts.append(f"{what} loss {series[step]:.4f} at step {step}")
+    if seconds := list(run.series.get(STEP_SECONDS, {}).values()):
+        parts.append(f"median step {statistics.median(seconds):.3g} s")
+    return ", ".join(parts)

@@ -103,6 +103,9 @@ def test_a_line_is_the_mean_in_a_band_of_its_seeds(table: list[Row]) -> None:
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [5.25, 4.25, 3.1])
     edges = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (edges.min(), edges.max()) == (3.0, 5.5)
+    (load,) = overlay.balance(groups).axes
+    np.testing.assert_allclose(load.lines[1].get_ydata(), [1.5, 1.5, 1.5])
+    assert load.axison
     layers = overlay.by_layer(groups)
     assert layers is not None
     np.testing.assert_allclose(layers.axes[0].lines[0].get_ydata(), [0.1, 0.2])
