@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import studies
 
-from megatron_default_moe.compare import study
+from megatron_default_moe.compare import checks, study
 from megatron_default_moe.compare.command import main
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.options import flags
@@ -20,6 +20,7 @@ arms:
   topk: {moe-router-gradient: topk}
   longer: {moe-router-gradient: default, lr: 8, num-layers: null}
 """
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 Read = Callable[[str], study.Study]
 
 
@@ -116,6 +117,14 @@ def test_every_arms_flags_are_checked_before_the_first_run(
     assert said.count("\n") == 1
     assert says in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples/studies").glob("*.yaml")))
+def test_the_studies_that_come_along_are_accepted(file: pathlib.Path) -> None:
+    found = study.read(file)
+    assert found.baseline == "topk"
+    assert len(found.seeds) >= 3
+    checks.check(found)
 
 
 @pytest.mark.parametrize(
