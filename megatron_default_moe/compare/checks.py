@@ -1,8 +1,11 @@
 """Every arm's flags, checked before the first run starts: as the training entry will."""
 
 import argparse
+import contextlib
+import logging
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_default_moe.compare.study import Study
@@ -28,14 +31,36 @@ def check(study: Study, here: bool = True) -> None:
         command_line.quiet_expected_warnings()
         runtime.install()
     parser = command_line.build_parser()
-    for arm, lines in study.arms.items():
-        try:
-            argv = _words(parser, lines)
-            if on_cpu and here:
-                argv, _ = flag_choices.apply(parser, argv)
-            _check_arm(parser.parse_args(argv), study)
-        except UserError as error:
-            raise UserError(f"study {study.path}: arm {arm}: {error}") from error
+    with _each_warning_once():
+        for arm, lines in study.arms.items():
+            try:
+                argv = _words(parser, lines)
+                if on_cpu and here:
+                    argv, _ = flag_choices.apply(parser, argv)
+                _check_arm(parser.parse_args(argv), study)
+            except UserError as error:
+                raise UserError(f"study {study.path}: arm {arm}: {error}") from error
+
+
+@contextlib.contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """Of a warning that every arm would give, the first alone."""
+    from megatron_default_moe.options import support
+
+    said: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in said
+        said.add(message)
+        return is_new
+
+    logger = logging.getLogger(support.__name__)
+    logger.addFilter(new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(new)
 
 
 def _words(parser: argparse.ArgumentParser, lines: dict[str, Any]) -> list[str]:

@@ -27,6 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--report", action="store_true", help="train nothing, compare what is finished"
     )
+    parser.add_argument(
+        "--slurm", action="store_true", help="train nothing, write a job array: a task a run"
+    )
+    parser.add_argument("--run", type=int, help="train this run alone, counted from 0; for --slurm")
     args = parser.parse_args(argv)
     try:
         return _compare(args)
@@ -42,22 +46,36 @@ def _compare(args: argparse.Namespace) -> int:
 
     if args.parallel < 1:
         raise UserError(f"--parallel must be at least 1, not {args.parallel}")
+    chosen = [flag for flag in ("report", "slurm") if getattr(args, flag)]
+    chosen += ["run"] if args.run is not None else []
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} are two commands: give one of them")
     found = study.read(args.study)
     out = args.out or pathlib.Path("runs") / args.study.stem
     planned = runs.runs_of(found, out)
-    failed: dict[str, str] = {}
-    if not args.report:
-        if not all(run.done for run in planned):
-            checks.check(found)
-            runs.prepare(found, out, _say)
-        failed = runs.run_all(planned, args.parallel, _say)
-        for name, reason in failed.items():
-            print(f"FAILED: {name}: {reason}", file=sys.stderr)
-    measured = [run.result() for run in planned if run.done]
-    if measured:
-        _report(found, measured, failed, out)
-    elif not failed:
-        raise UserError(f"no run below {out} is finished: without --report, the runs are trained")
+    if args.run is not None and not 0 <= args.run < len(planned):
+        raise UserError(f"--run must be from 0 to {len(planned) - 1}, not {args.run}")
+    asked = planned if args.run is None else planned[args.run : args.run + 1]
+    if not args.report and not all(run.done for run in asked):
+        checks.check(found, here=not args.slurm)
+        runs.prepare(found, out, _say)
+    if args.slurm:
+        from megatron_default_moe.compare import slurm
+
+        file = slurm.write(args.study, out, len(planned), args.parallel, found.ranks)
+        print(f"Written: submit it with sbatch {file}")
+        return 0
+    failed = {} if args.report else runs.run_all(asked, args.parallel, _say)
+    for name, reason in failed.items():
+        print(f"FAILED: {name}: {reason}", file=sys.stderr)
+    if args.run is None:
+        measured = [run.result() for run in planned if run.done]
+        if measured:
+            _report(found, measured, failed, out)
+        elif not failed:
+            raise UserError(
+                f"no run below {out} is finished: without --report, the runs are trained"
+            )
     return 1 if failed else 0
 
 

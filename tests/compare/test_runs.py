@@ -9,6 +9,7 @@ import csv
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,3 +195,48 @@ def test_a_run_that_another_process_is_at_is_left_alone(
         failed = runs.run_all(planned, 1, print)
     assert failed == {"topk seed 1": "another process is at it"}
     assert not (planned[0].folder / "config.yaml").exists()
+
+
+def test_a_task_of_a_slurm_array_is_one_run(
+    compared: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As SLURM starts it: with the batch script, elsewhere, and a number in the environment."""
+    file, before, *_ = compared
+    out = tmp_path / "a copy"
+    shutil.copytree(before, out)
+    for seed in (1, 2):
+        shutil.rmtree(out / f"runs/topk/seed-{seed}")
+    assert main([str(file), "--out", str(out), "--slurm", "--parallel", "3"]) == 0
+    script = out / "study.sbatch"
+    assert capsys.readouterr().out.endswith(f"submit it with sbatch {script}\n")
+    assert "#SBATCH --array=0-3%3\n" in script.read_text()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": "2"}
+    subprocess.run(["bash", script], env=environment, cwd=tmp_path, check=True, timeout=120)
+    assert (out / "runs/topk/seed-2/done.json").is_file()
+    assert not (out / "runs/topk/seed-1").exists()
+    assert main([str(file), "--out", str(out), "--report"]) == 0
+    dense, topk = table_of(out)["dense"], table_of(out)["topk"]
+    assert (dense["finished_seeds"], dense["paired_seeds"], topk["final_loss_seed_1"]) == (
+        *("2", "1", ""),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--report", "--slurm"], "--report and --slurm are two commands"),
+        (["--run", "4"], "--run must be from 0 to 3, not 4"),
+        (["--parallel", "0"], "--parallel must be at least 1, not 0"),
+        (["--report", "--out", "nowhere"], "no run below nowhere is finished"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    file = tmp_path / "study.yaml"
+    studies.write(file, ARMS)
+    assert main([str(file), "--out", str(tmp_path / "out"), *words]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [file]

@@ -140,3 +140,10 @@ def test_flags_of_all_arms_are_checked_too(
     file.write_text(re.sub(rf"{name}: \w+", more, file.read_text()))
     assert main([str(file), "--out", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_warning_of_every_arm_is_said_once(read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    checks.check(study.read(ROOT / "examples/studies/quickstart.yaml"))
+    said = [record.getMessage() for record in caplog.records]
+    assert said
+    assert len(said) == len(set(said))

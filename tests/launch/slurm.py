@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 from running import ENVIRONMENT, SBATCH, loaded, losses, ranks, reached, wait_for, write_config
@@ -191,3 +192,23 @@ def test_the_container_line_reaches_srun(slurm, tmp_path):
     assert " --container-image=image.sqsh --container-mounts=/a:/b " in composed
     assert "unrecognized option '--container-image=image.sqsh'" in job.text()
     assert "not queued again" in job.text()
+
+
+@pytest.mark.timeout(300)
+def test_a_study_is_an_array_of_its_runs(slurm, tmp_path):
+    import studies
+
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    arms = {"topk": "moe-router-gradient: topk", "dense": "moe-router-gradient: dense"}
+    studies.write(file, arms, seeds="[1]")
+    command = [sys.executable, "-m", "megatron_default_moe", "compare", str(file), "--out", out]
+    run(*command, "--slurm", "--parallel", "2", env=ENVIRONMENT, cwd=tmp_path)
+    number = run("sbatch", "--parsable", str(out / "study.sbatch"), env=ENVIRONMENT, cwd=tmp_path)
+    done = [out / "runs" / arm / "seed-1" / "done.json" for arm in arms]
+    logs = [out / f"slurm-run-{task}.log" for task in range(2)]
+    wait_for("both runs", lambda: all(mark.is_file() for mark in done), START, *logs)
+    wait_for("the end", lambda: not run("squeue", "-h", "--job", number), 60, *logs)
+    run(*command, "--report", env=ENVIRONMENT, cwd=tmp_path)
+    assert [row.split(",")[1] for row in (out / "table.csv").read_text().split()[-2:]] == ["1"] * 2
+    for log in logs:
+        assert "1 runs, 0 of them finished before" in log.read_text()
