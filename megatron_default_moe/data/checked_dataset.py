@@ -16,6 +16,7 @@ from megatron.training import get_args
 
 from megatron_default_moe.data import checks, index_files
 from megatron_default_moe.errors import RankError
+from megatron_default_moe.text.ids import outside
 
 
 @dataclasses.dataclass
@@ -37,7 +38,7 @@ class _KnowsItsIds:
         text, documents, lengths = query._query_document_sample_shuffle_indices(idx)
         assert self.config.vocabulary is not None
         # Behind the documents' own tokens stands Megatron's padding, which is masked.
-        found = index_files.outside(text[: sum(lengths)], self.config.vocabulary)
+        found = outside(text[: sum(lengths)], self.config.vocabulary)
         if found is not None:
             where = self.dataset_path or "--mock-data"
             raise RankError(checks.foreign_id(get_args(), where, found, self.config.vocabulary))

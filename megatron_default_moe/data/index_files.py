@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.text.ids import outside
 
 _HEADER = b"MMIDIDX\x00\x00"
 _START = struct.Struct("<9sQBQQ")
@@ -67,16 +68,6 @@ class IndexFile:
             if found is not None:
                 return found
         return None
-
-
-def outside(ids: NDArray[Any], vocabulary: int) -> int | None:
-    """Return a token id that is not in ``range(vocabulary)``: the largest, or else the smallest."""
-    if not ids.size:
-        return None
-    largest, smallest = int(ids.max()), int(ids.min())
-    if largest >= vocabulary:
-        return largest
-    return smallest if smallest < 0 else None
 
 
 def read(flag: str, prefix: str) -> IndexFile:

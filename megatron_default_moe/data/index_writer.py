@@ -15,11 +15,6 @@ import numpy as np
 _CODES = {"uint16": 8, "int32": 4}
 
 
-def dtype_of(vocabulary: int) -> str:
-    """Megatron's choice for this many ids (``DType.optimal_dtype``): two bytes or four."""
-    return "uint16" if vocabulary < 65500 else "int32"
-
-
 class IndexWriter:
     """A pair of files under partial names until :meth:`publish`.
 

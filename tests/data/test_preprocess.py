@@ -157,7 +157,8 @@ def test_the_bytes_are_megatrons(tmp_path, vocabulary):
     import numpy as np
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from megatron_default_moe.data.index_writer import IndexWriter, dtype_of
+    from megatron_default_moe.data.index_writer import IndexWriter
+    from megatron_default_moe.text.ids import dtype_of
 
     dtype = DType.optimal_dtype(vocabulary)
     assert np.dtype(dtype_of(vocabulary)) == dtype

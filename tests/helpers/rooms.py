@@ -20,12 +20,14 @@ TOP = ("plan", "inspection", "planted", "evaluate", "export", "compare", "pretra
 BELOW_THE_LOOP = (*LAYERS, "layers", "estimators")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "text": ("errors",),
     "maths": (),
     "options": ("errors",),
     "kernels": ("maths",),
     "layers": LAYERS,
     "estimators": (*LAYERS, "layers"),
     **dict.fromkeys(SIDE_BY_SIDE, BELOW_THE_LOOP),
+    "data": (*BELOW_THE_LOOP, "text"),
     "loop": (*BELOW_THE_LOOP, *SIDE_BY_SIDE),
     **dict.fromkeys(TOP, (*BELOW_THE_LOOP, *SIDE_BY_SIDE, "loop")),
     **dict.fromkeys(
