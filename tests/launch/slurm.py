@@ -203,7 +203,9 @@ def test_a_study_is_an_array_of_its_runs(slurm, tmp_path):
     studies.write(file, arms, seeds="[1]")
     command = [sys.executable, "-m", "megatron_default_moe", "compare", str(file), "--out", out]
     run(*command, "--slurm", "--parallel", "2", env=ENVIRONMENT, cwd=tmp_path)
-    number = run("sbatch", "--parsable", str(out / "study.sbatch"), env=ENVIRONMENT, cwd=tmp_path)
+    # The GPUs of these nodes are none: a run that is given one says so, and trains on nothing else.
+    submit = ("sbatch", "--parsable", "--gpus-per-node=0", str(out / "study.sbatch"))
+    number = run(*submit, env=ENVIRONMENT, cwd=tmp_path)
     done = [out / "runs" / arm / "seed-1" / "done.json" for arm in arms]
     logs = [out / f"slurm-run-{task}.log" for task in range(2)]
     wait_for("both runs", lambda: all(mark.is_file() for mark in done), START, *logs)
