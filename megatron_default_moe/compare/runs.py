@@ -168,7 +168,10 @@ def run_all(runs: Sequence[Run], parallel: int, say: Callable[[str], None]) -> d
                     active.append(started)
                     where = f" from step {started.first}" if started.first else ""
                     say(f"{run}: started{where}, log in {run.folder / 'log.txt'}")
-                elif not run.done:
+                elif run.done:
+                    pace.finished += 1
+                    say(f"{run}: done before")
+                else:
                     failed[str(run)] = "another process is at it"
                     say(f"{run}: another process is at it")
             for one in [one for one in active if one.process.poll() is not None]:
@@ -197,6 +200,8 @@ def _start(run: Run, threads: int) -> _Active | None:
         if run.done:
             return None
         first = latest_iteration(run.folder / "checkpoint") or 0
+        if first >= run.steps and _has_ended(run):
+            return None
         if not first:
             shutil.rmtree(run.folder / "tensorboard", ignore_errors=True)
         (run.folder / "config.yaml").write_text(run.config)
@@ -238,11 +243,27 @@ def _end(one: _Active, failed: dict[str, str]) -> str:
     if reason:
         failed[str(one.run)] = reason
         return f"FAILED ({reason})"
-    mark = one.run.folder / "done.json"
-    part = mark.with_suffix(".part")
-    part.write_text(json.dumps({"seconds": seconds, "final validation loss": loss}) + "\n")
-    part.replace(mark)
+    _mark_done(one.run, loss)
     return f"done in {_time(seconds)}, validation loss {loss:.4f}"
+
+
+def _has_ended(run: Run) -> bool:
+    """Whether a run was stopped after its last evaluation; it is done then, and written down.
+
+    Started again at its last step, it would be evaluated once more, on other batches.
+    """
+    try:
+        _mark_done(run, run.result().final)
+    except UserError:
+        return False
+    return True
+
+
+def _mark_done(run: Run, loss: float) -> None:
+    mark = run.folder / "done.json"
+    part = mark.with_suffix(".part")
+    part.write_text(json.dumps({"final validation loss": loss}) + "\n")
+    part.replace(mark)
 
 
 def _last_words(log: bytes) -> str:

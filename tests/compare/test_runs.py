@@ -160,6 +160,12 @@ def test_a_failed_run_is_named_the_rest_goes_on_and_both_can_be_gone_on_with(
     # Stopped and gone on with, it is the run of the same flags to the bit.
     assert table["half"]["final_loss_mean"] == table["topk"]["final_loss_mean"]
     assert float(table["topk"]["difference_mean"]) == 0
+    # Stopped after its last evaluation and before that was written down: not evaluated again.
+    (out / "runs/half/seed-3/done.json").unlink()
+    assert main(command) == 0
+    assert "half seed 3: done before" in capsys.readouterr().out
+    assert started(out)["half seed-3"] == 2
+    assert table_of(out) == table
 
 
 def test_the_page_is_one_file_that_says_what_the_table_says(compared: Any) -> None:
