@@ -1,4 +1,4 @@
-"""JSONL to Megatron's `.bin/.idx`, with any tokenizer Megatron knows.
+"""Text to Megatron's `.bin/.idx`, with any tokenizer Megatron knows.
 
 The megatron-core wheel trains on such files but does not carry the tool that makes them. Flags and
 output names are those of Megatron-LM's `tools/preprocess_data.py`. ``default-moe preprocess`` runs
@@ -17,7 +17,7 @@ from megatron_default_moe import errors
 from megatron_default_moe.data import tokenizers
 from megatron_default_moe.data.index_writer import IndexWriter
 from megatron_default_moe.errors import UserError
-from megatron_default_moe.text import tokenizer_flags
+from megatron_default_moe.text import sources, tokenizer_flags
 from megatron_default_moe.text.encoder import Encoder, sentence_splitter
 from megatron_default_moe.text.ids import dtype_of
 from megatron_default_moe.text.workers import encoded
@@ -29,7 +29,13 @@ _NAMED = 10
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of the tool and Megatron's own tokenizer flags."""
     group = parser.add_argument_group("input and output")
-    group.add_argument("--input", type=Path, required=True, help="JSONL file: one object per line")
+    group.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help="JSONL, or by its ending .txt (empty lines part documents), each also .gz or .zst;"
+        " .parquet",
+    )
     group.add_argument(
         "--json-keys", nargs="+", default=["text"], help="keys to take, default: text"
     )
@@ -152,17 +158,18 @@ def _write(
 ) -> list[int]:
     """Write every line's documents; return the numbers of the bad lines."""
     bad: list[int] = []
+    unit = sources.unit(args.input)
     with (
-        args.input.open("rb") as file,
-        contextlib.closing(encoded(make, args.workers, file)) as lines,
+        sources.lines(args.input, args.json_keys) as source,
+        contextlib.closing(encoded(make, args.workers, source)) as lines,
     ):
         for number, reason, documents in lines:
             if reason:
                 if args.strict:
-                    raise UserError(f"--input {args.input}, line {number}: {reason}")
+                    raise UserError(f"--input {args.input}, {unit} {number}: {reason}")
                 bad.append(number)
                 if len(bad) <= _NAMED:
-                    say(f"{args.input}, line {number}: {reason}; left out")
+                    say(f"{args.input}, {unit} {number}: {reason}; left out")
                 continue
             for writer, (ids, lengths) in zip(writers, documents, strict=True):
                 writer.empty += not lengths

@@ -173,3 +173,19 @@ def test_the_bytes_are_megatrons(tmp_path, vocabulary):
     for ending in (".bin", ".idx"):
         expected = (tmp_path / f"theirs{ending}").read_bytes()
         assert (tmp_path / f"ours{ending}").read_bytes() == expected
+
+
+def test_plain_text_becomes_documents_and_a_bad_block_is_named(tmp_path, tokenizer_model):
+    import gzip
+
+    import sentencepiece
+
+    source = tmp_path / "in.txt.gz"
+    blocks = [TEXTS[0].strip(), "caf\xe9", TEXTS[1]]
+    source.write_bytes(gzip.compress("\n\n".join(blocks).encode("latin-1")))
+    said = []
+    run(tmp_path, tokenizer_model, [], "--input", str(source), say=said.append)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
+    expected = [processor.encode(blocks[0]), processor.encode(blocks[2])]
+    assert read(tmp_path, "data_text_document") == expected
+    assert "in.txt.gz, block 2: " in said[0]
