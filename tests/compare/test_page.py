@@ -122,3 +122,8 @@ def test_names_are_text_to_the_page(table: list[Row], tmp_path: pathlib.Path) ->
     assert "<b>" not in text
     results.write_table(table, [1, 2], tmp_path / "table.csv")
     assert "none,0,,,0," in (tmp_path / "table.csv").read_text()
+
+
+def test_the_step_that_warms_up_is_left_out_where_there_are_others() -> None:
+    assert result("topk", 1, {1: 5.0, 2: 4.0}, 2.0).step_seconds == 2
+    assert result("topk", 1, {1: 5.0}).step_seconds == 100
