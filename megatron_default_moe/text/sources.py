@@ -8,7 +8,7 @@ import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,7 +58,7 @@ def _endings(path: Path) -> tuple[str, str]:
     return (path.with_suffix("") if packed else path).suffix, packed
 
 
-def _opened(path: Path, packed: str) -> IO[bytes]:
+def _opened(path: Path, packed: str) -> Any:
     return gzip.open(path, "rb") if packed == ".gz" else path.open("rb")
 
 
@@ -91,7 +91,7 @@ def _unpacked(path: Path, file: IO[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _whole(path: Path, found: Iterator[bytes]) -> Iterator[bytes]:
+def _whole(path: Path, found: Iterator[bytes]) -> Generator[bytes, None, None]:
     """The same lines; damage in one sentence."""
     try:
         yield from found
@@ -139,4 +139,5 @@ def _parquet(path: Path, keys: list[str]) -> Iterator[bytes]:
             raise UserError(f"--json-keys: {path} has no column {missing[0]!r}; it has {names}")
         for batch in file.iter_batches(_ROWS, columns=keys):
             for row in batch.to_pylist():
-                yield json.dumps(row, default=str).encode()
+                # A date or bytes are no text: null, which the encoder refuses by the row.
+                yield json.dumps(row, default=lambda _: None).encode()

@@ -62,6 +62,8 @@ def test_parquet(tmp_path: pathlib.Path) -> None:
     assert texts(path) == TEXTS
     with pytest.raises(UserError, match="has no column 'body'; it has n, text"):
         texts(path, "body")
+    parquet.write_table(pyarrow.table({"text": [b"bytes", None]}), path)
+    assert texts(path) == [None, None]
     path.write_bytes(JSONL)
     with pytest.raises(UserError, match="cannot be read to its end"):
         texts(path)
