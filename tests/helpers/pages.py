@@ -38,6 +38,7 @@ OTHER_PROGRAMS = {
 
 WRITTEN_LATER = {
     "pretrain_gpt.py": "Megatron-LM's",
+    "study.sbatch": "by default-moe compare",
     "gpu_kernels.md": "by make gpu",
     "gpu_step.md": "by make gpu",
     "runs/quickstart/": "by make quickstart",
