@@ -1,5 +1,6 @@
 """The one exception for a user's mistake: a sentence that names the flag and the way out."""
 
+import contextlib
 import os
 import sys
 import time
@@ -33,17 +34,22 @@ def report(error: UserError) -> int:
     the same mistake; if it did not (a file that one node does not see), the node's first rank says
     it.
     """
+    # What it quotes of others may have lines.
+    sentence = " ".join(str(error).split())
     if rank() == 0:
-        _write(f"error: {error}")
+        say(f"error: {sentence}")
     elif isinstance(error, RankError):
-        _write(f"error: rank {rank()}: {error}")
+        say(f"error: rank {rank()}: {sentence}")
     else:
         time.sleep(HEAD_START)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _write(f"error: rank {rank()}: {error}")
+            say(f"error: rank {rank()}: {sentence}")
     return 2
 
 
-def _write(line: str) -> None:
-    # Line and end in one call, or what another rank logs comes between the two.
-    print(f"{line}\n", end="", file=sys.stderr, flush=True)
+def say(line: str) -> None:
+    """Write a line to stderr, at once."""
+    # Line and end in one call, or what another rank logs comes between the two. Who reads it may be
+    # gone: the exit code is left.
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from traceback import extract_tb
 from typing import Any
 
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.exits import exit_code
 from megatron_default_moe.loop.command_line import (
     add_flags,
     build_model_config,
@@ -21,7 +22,6 @@ from megatron_default_moe.loop.command_line import (
     reason_of,
     say,
 )
-from megatron_default_moe.loop.exits import exit_code
 
 __all__ = [
     "add_flags",

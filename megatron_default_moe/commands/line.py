@@ -9,7 +9,7 @@ import importlib.util
 import sys
 
 import megatron_default_moe
-from megatron_default_moe import errors
+from megatron_default_moe import exits
 from megatron_default_moe.commands.table import COMMANDS, Command
 from megatron_default_moe.errors import UserError
 
@@ -18,22 +18,22 @@ REQUIRED = ("torch", "megatron", "numpy", "yaml", "omegaconf", "tensorboard", "m
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; a user's mistake is one sentence and exit code 2.
+    """Run the command line; whatever ends it is one line and an exit code (``exits.py``).
 
     Args:
         argv: the command line without the program's name; the process's by default.
     """
-    words = sys.argv[1:] if argv is None else argv
+    return exits.exit_code(_run, sys.argv[1:] if argv is None else argv)
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(help_text())
         return 0
     if words[0] == "--version":
         print(f"default-moe {megatron_default_moe.__version__}")
         return 0
-    try:
-        return run(find(words[0]), words[1:])
-    except UserError as error:
-        return errors.report(error)
+    return run(find(words[0]), words[1:])
 
 
 def help_text() -> str:

@@ -5,17 +5,25 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_default_moe import errors
+from megatron_default_moe import exits
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options.flags import OneSentenceParser
 
 if TYPE_CHECKING:
     from megatron_default_moe.compare.results import Result
     from megatron_default_moe.compare.study import Study
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 1 where a run failed, the others having gone on."""
-    parser = argparse.ArgumentParser(
+def run(argv: list[str]) -> int:
+    """Run the study that the flags name; 1 where a run failed, the others having gone on.
+
+    Args:
+        argv: the command line, without the program's name.
+
+    Raises:
+        UserError: a mistake in the flags or in the study's file.
+    """
+    parser = OneSentenceParser(
         prog="default-moe compare",
         description="Train every arm of a study with every seed, and compare them in pairs.",
         epilog="Started again, it goes on where it stopped, and repeats no finished run.",
@@ -31,14 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         "--slurm", action="store_true", help="train nothing, write a job array: a task a run"
     )
     parser.add_argument("--run", type=int, help="train this run alone, counted from 0; for --slurm")
-    args = parser.parse_args(argv)
-    try:
-        return _compare(args)
-    except UserError as error:
-        return errors.report(error)
-    except KeyboardInterrupt:
-        print("\n> stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    exits.add_flag(parser)
+    return _compare(parser.parse_args(argv))
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -94,6 +96,11 @@ def _report(
 
 def _say(line: str) -> None:
     print(f"> {line}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; see :func:`exits.exit_code`."""
+    return exits.exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_default_moe import errors
+from megatron_default_moe import exits
 from megatron_default_moe.data import tokenizers
 from megatron_default_moe.data.index_writer import IndexWriter
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options.flags import OneSentenceParser
 from megatron_default_moe.text import sources, tokenizer_flags
 from megatron_default_moe.text.encoder import Encoder, sentence_splitter
 from megatron_default_moe.text.ids import dtype_of
@@ -187,18 +188,27 @@ def _refuse_without_tokens(args: Namespace, writer: IndexWriter, bad: list[int])
         )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = ArgumentParser(
+def run(argv: list[str]) -> None:
+    """Preprocess as the flags say.
+
+    Args:
+        argv: the command line, without the program's name.
+
+    Raises:
+        UserError: a mistake in the flags or files.
+    """
+    parser = OneSentenceParser(
         prog="default-moe preprocess",
         description="Turn a JSONL file into Megatron's `.bin/.idx` training data.",
     )
     add_arguments(parser)
-    try:
-        preprocess(parser.parse_args(argv))
-    except UserError as error:
-        return errors.report(error)
-    return 0
+    exits.add_flag(parser)
+    preprocess(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; see :func:`exits.exit_code`."""
+    return exits.exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

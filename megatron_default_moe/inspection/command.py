@@ -1,6 +1,5 @@
 """``default-moe inspect CHECKPOINT``: default vectors and routers, as a table and one page."""
 
-import argparse
 import csv
 import math
 import re
@@ -8,15 +7,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_default_moe import errors
+from megatron_default_moe import exits
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options.flags import OneSentenceParser
 
 _LOAD = "moe/load max/mean_layer_{}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
+def run(argv: list[str]) -> None:
+    """Inspect the checkpoint that the command line names.
+
+    Args:
+        argv: the command line, without the program's name.
+
+    Raises:
+        UserError: there is no such checkpoint, or it has no MoE layer.
+    """
+    parser = OneSentenceParser(
         prog="default-moe inspect",
         description="Write layers.csv and inspect.png of a checkpoint's routers and vectors:"
         " norms, cosines between experts, diversity by depth, updates, load; print the table.",
@@ -33,12 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="the run's events, for the load; default: what the run itself named, if it is there",
     )
+    exits.add_flag(parser)
     args = parser.parse_args(argv)
-    try:
-        print(inspect(args.checkpoint, args.ckpt_step, args.output_dir, args.tensorboard_dir))
-    except UserError as error:
-        return errors.report(error)
-    return 0
+    print(inspect(args.checkpoint, args.ckpt_step, args.output_dir, args.tensorboard_dir))
 
 
 def inspect(
@@ -130,6 +134,11 @@ def _short(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; see :func:`exits.exit_code`."""
+    return exits.exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

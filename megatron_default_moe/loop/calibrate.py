@@ -19,9 +19,10 @@ import pathlib
 import sys
 from typing import Any
 
+from megatron_default_moe import exits
 from megatron_default_moe.errors import UserError
 from megatron_default_moe.loop import command_line
-from megatron_default_moe.loop.exits import exit_code
+from megatron_default_moe.options.flags import OneSentenceParser
 
 
 def run(argv: list[str]) -> None:
@@ -33,7 +34,7 @@ def run(argv: list[str]) -> None:
     Raises:
         UserError: a mistake in the flags or files.
     """
-    own = argparse.ArgumentParser(
+    own = OneSentenceParser(
         usage="default-moe calibrate FLAGS --load TOPK --save NEW [--calibration-batches 50]",
         description="Give the TopK checkpoint TOPK default vectors and save it as NEW.",
         epilog="FLAGS are those of the training run, but its schedule, which is the checkpoint's:"
@@ -262,8 +263,8 @@ def _advise(args: Any, options: Any, untouched: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    return exit_code(run, sys.argv[1:] if argv is None else argv)
+    """Run the command line; see :func:`exits.exit_code`."""
+    return exits.exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_default_moe import errors
+from megatron_default_moe import errors, exits
 from megatron_default_moe.cpu import flag_choices, runtime
 from megatron_default_moe.data import checks, parts
 from megatron_default_moe.errors import UserError
@@ -59,11 +59,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE.yaml",
         help="Flags by name, one a line; the command line wins. Or the name of an example.",
     )
-    parser.add_argument(
-        "--traceback",
-        action="store_true",
-        help="If the run ends with an error, print its whole traceback, which is also in a file.",
-    )
+    exits.add_flag(parser)
     return parser
 
 

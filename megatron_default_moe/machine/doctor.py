@@ -10,7 +10,6 @@ exit code 1. ``default-moe doctor`` prints it.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import resource
@@ -18,8 +17,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from megatron_default_moe import exits
 from megatron_default_moe.machine.facts import Gpu, Machine, Version, look
 from megatron_default_moe.machine.versions import SUPPORTED
+from megatron_default_moe.options.flags import OneSentenceParser
 
 GIB = 2**30
 
@@ -299,14 +300,15 @@ def _system(machine: Machine) -> Iterator[Finding]:
         yield Finding("off", "free pip", why, "PIP_CONSTRAINT= pip install ... for other versions")
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str]) -> int:
     """Print the findings; 1 if training cannot run here."""
-    parser = argparse.ArgumentParser(
+    parser = OneSentenceParser(
         prog="default-moe doctor", description="What works on this machine, and what to do."
     )
     parser.add_argument(
         "--building-image", action="store_true", help="leave the GPUs out: they are elsewhere"
     )
+    exits.add_flag(parser)
     args = parser.parse_args(argv)
     findings = examine(look(gpu=not args.building_image), args.building_image)
     for finding in findings:
@@ -317,6 +319,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print("training can run here")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; see :func:`exits.exit_code`."""
+    return exits.exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,22 @@ import argparse
 import os
 import sys
 
-from megatron_default_moe import errors
+from megatron_default_moe import exits
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options.flags import OneSentenceParser
 from megatron_default_moe.plan.cards import CARDS
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code of a run that cannot work is 2."""
-    parser = argparse.ArgumentParser(
+def run(argv: list[str]) -> None:
+    """Print the plan that the flags ask for.
+
+    Args:
+        argv: the command line, without the program's name.
+
+    Raises:
+        UserError: what stands in the way of such a run.
+    """
+    parser = OneSentenceParser(
         prog="default-moe plan",
         description="Say what a training run will need of its GPUs, without any: memory,"
         " communication, time.",
@@ -24,12 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--gpus", type=int, required=True, help="how many GPUs")
     parser.add_argument("--gpu", choices=CARDS, required=True, help="which GPU, 8 to a host")
+    exits.add_flag(parser)
     args, flags = parser.parse_known_args(argv)
-    try:
-        print(_plan(args, flags))
-    except UserError as error:
-        return errors.report(error)
-    return 0
+    print(_plan(args, flags))
 
 
 def _plan(args: argparse.Namespace, flags: list[str]) -> str:
@@ -46,6 +51,11 @@ def _plan(args: argparse.Namespace, flags: list[str]) -> str:
 
     plan = planner.make(["--config", args.config, *flags], args.gpus, CARDS[args.gpu])
     return page.text(plan)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; see :func:`exits.exit_code`."""
+    return exits.exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megatron_default_moe import errors
+from megatron_default_moe import exits
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options.flags import OneSentenceParser
 
 if TYPE_CHECKING:
     from megatron_default_moe.options.config import RouterGradientConfig
@@ -15,12 +16,19 @@ if TYPE_CHECKING:
     from megatron_default_moe.planted.store import Results
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
+def run(argv: list[str]) -> None:
+    """Train what is missing of the study that the flags ask for, and compare.
+
+    Args:
+        argv: the command line, without the program's name.
+
+    Raises:
+        UserError: a mistake in the flags, or a folder of another study.
+    """
     from megatron_default_moe.planted.named import ARMS, SHOWN
     from megatron_default_moe.planted.settings import SETTINGS
 
-    parser = argparse.ArgumentParser(
+    parser = OneSentenceParser(
         prog="default-moe planted",
         description="Train small mixtures on a teacher mixture with a hidden partition of the"
         " tokens, one with each estimator of the router's gradient, and compare them seed by seed.",
@@ -51,12 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         help="folder for results.csv, planted.md, planted.png and a JSON file for each setting"
         " (runs/planted)",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    try:
-        _study(args)
-    except UserError as error:
-        return errors.report(error)
-    return 0
+    exits.add_flag(parser)
+    _study(parser.parse_args(argv))
 
 
 def _study(args: argparse.Namespace) -> None:
@@ -168,6 +172,11 @@ def _complete(
         print(f"{name}: gradients", file=sys.stderr)
         results.fidelity |= fidelity.measure(setting, unprobed, seeds, results.probed)
         store.write(file, results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; see :func:`exits.exit_code`."""
+    return exits.exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

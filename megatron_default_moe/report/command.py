@@ -7,13 +7,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_default_moe import errors
+from megatron_default_moe import exits
 from megatron_default_moe.errors import UserError
+from megatron_default_moe.options.flags import OneSentenceParser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
+def run(argv: list[str]) -> None:
+    """Write the report that the flags ask for, and print its summary.
+
+    Args:
+        argv: the command line, without the program's name.
+
+    Raises:
+        UserError: there is nothing to report.
+    """
+    parser = OneSentenceParser(
         prog="default-moe report",
         description="Write metrics.csv, loss.png and experts.png from a run's TensorBoard events;"
         " of several runs, loss.png, router.png and layers.png with a line for each.",
@@ -37,12 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         help="global batch size times sequence length, for runs that did not log tokens",
     )
+    exits.add_flag(parser)
     args = parser.parse_args(argv)
-    try:
-        print(_report(args) if len(args.run_dir) == 1 else _overlay(args))
-    except UserError as error:
-        return errors.report(error)
-    return 0
+    print(_report(args) if len(args.run_dir) == 1 else _overlay(args))
 
 
 def _report(args: argparse.Namespace) -> str:
@@ -64,6 +69,11 @@ def _overlay(args: argparse.Namespace) -> str:
         raise UserError("--tensorboard-dir is for one run: name each run's folder, or its events'")
     folder = args.output_dir or Path(f"report-of-{len(args.run_dir)}-runs")
     return overlay.write(args.run_dir, folder, args.tokens_per_step)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; see :func:`exits.exit_code`."""
+    return exits.exit_code(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ PACKAGE = "megatron_default_moe"
 FACADES = {"", "functional", "patches", "entry"}
 """``""`` is the package itself, whose ``__init__`` shows the public names."""
 
-LAYERS = ("maths", "kernels", "options", "errors")
+LAYERS = ("maths", "kernels", "options", "errors", "exits")
 SIDE_BY_SIDE = ("checkpoint", "cpu", "data", "report", "machine")
 TOP = ("plan", "inspection", "planted", "evaluate", "export", "compare", "pretrain")
 BELOW_THE_LOOP = (*LAYERS, "layers", "estimators")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "text": ("errors",),
+    "exits": ("errors",),
     "maths": (),
     "options": ("errors",),
     "kernels": ("maths",),
