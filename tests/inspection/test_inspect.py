@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from launching import TINY
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from training_line import TRAIN
 
 from megatron_default_moe.inspection import command, routers
 from megatron_default_moe.inspection.routers import Router
@@ -103,7 +103,17 @@ def test_of_a_topk_checkpoint_the_router_is_shown(tmp_path: pathlib.Path) -> Non
 @pytest.mark.launch
 def test_a_run_is_inspected_without_megatron(tmp_path: pathlib.Path) -> None:
     """A real run's checkpoint, in a process that imports no Megatron, with the logged load."""
-    run = [*TINY, "--save", str(tmp_path / "ck"), "--save-interval", "3", "--train-iters", "3"]
+    run = [
+        *TRAIN[1:],
+        "--num-layers",
+        "3",
+        "--save",
+        str(tmp_path / "ck"),
+        "--save-interval",
+        "3",
+        "--train-iters",
+        "3",
+    ]
     run += ["--tensorboard-dir", str(tmp_path / "tb"), "--moe-per-layer-logging"]
     pretrain = [sys.executable, "-m", "megatron_default_moe.pretrain", *run]
     subprocess.run(pretrain, check=True, capture_output=True, timeout=300)
