@@ -157,13 +157,15 @@ def run_all(runs: Sequence[Run], parallel: int, say: Callable[[str], None]) -> d
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before")
     active: list[_Active] = []
     failed: dict[str, str] = {}
+    give_up: dict[Run, float] = {}
     pace = _Pace(len(runs), len(waiting))
     threads = max(1, (os.cpu_count() or 1) // (parallel * runs[0].ranks))
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while waiting or active:
-            while waiting and len(active) < parallel:
-                run = waiting.pop(0)
+            for run in list(waiting):
+                if len(active) == parallel:
+                    break
                 if (started := _start(run, threads)) is not None:
                     active.append(started)
                     where = f" from step {started.first}" if started.first else ""
@@ -171,9 +173,15 @@ def run_all(runs: Sequence[Run], parallel: int, say: Callable[[str], None]) -> d
                 elif run.done:
                     pace.finished += 1
                     say(f"{run}: done before")
+                elif active or time.monotonic() < give_up.setdefault(
+                    run, time.monotonic() + PATIENCE
+                ):
+                    # Who holds it may be about to end: its study was killed a moment ago.
+                    continue
                 else:
                     failed[str(run)] = "another process is at it"
                     say(f"{run}: another process is at it")
+                waiting.remove(run)
             for one in [one for one in active if one.process.poll() is not None]:
                 active.remove(one)
                 said = _end(one, failed)

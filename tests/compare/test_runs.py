@@ -6,6 +6,7 @@ a killed one goes on or starts anew; a failed one is named and the rest goes on.
 
 import base64
 import csv
+import fcntl
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -187,20 +189,30 @@ def test_the_page_is_one_file_that_says_what_the_table_says(compared: Any) -> No
     assert "topk: moe-router-gradient: topk\ndense: moe-router-gradient: dense\nseeds: 1, 2" in text
 
 
+@pytest.mark.parametrize("ends", [False, True])
 def test_a_run_that_another_process_is_at_is_left_alone(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    ends: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fcntl
-
+    """The other may be about to end: a run of a study that was killed a moment ago."""
+    monkeypatch.setattr(runs, "PATIENCE", 60.0 if ends else 0.3)
     file = tmp_path / "study.yaml"
     studies.write(file, ARMS, seeds="[1]")
     planned = runs.runs_of(study.read(file), tmp_path)[:1]
-    planned[0].folder.mkdir(parents=True)
-    with (planned[0].folder / "lock").open("w") as lock:
+    folder = planned[0].folder
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def end() -> None:
+            (folder / "done.json").write_text("{}")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        other = threading.Timer(0.5, end)
+        if ends:
+            other.start()
         failed = runs.run_all(planned, 1, print)
-    assert failed == {"topk seed 1": "another process is at it"}
-    assert not (planned[0].folder / "config.yaml").exists()
+    assert failed == ({} if ends else {"topk seed 1": "another process is at it"})
+    assert not (folder / "config.yaml").exists()
 
 
 def test_a_task_of_a_slurm_array_is_one_run(
