@@ -343,6 +343,15 @@ RULES: tuple[Rule, ...] = (
         topk_too=True,
     ),
     Rule(
+        "--num-distributed-optimizer-instances above 1",
+        "refused",
+        "--num-distributed-optimizer-instances above 1 needs CUDA streams and einops in Megatron"
+        " and is not tested here: drop it, which divides the optimizer's state over all"
+        " data-parallel ranks",
+        lambda s: (s.num_distributed_optimizer_instances or 1) > 1,
+        topk_too=True,
+    ),
+    Rule(
         "--lr-warmup-iters not below --lr-decay-iters",
         "refused",
         "--lr-warmup-iters must be below --lr-decay-iters (which is --train-iters unless given):"

@@ -64,8 +64,7 @@ def optimizer_shards(run: CheckedRun) -> tuple[int, int]:
     """Ranks over which the distributed optimizer divides its state: dense, routed experts."""
     if not run.args.use_distributed_optimizer:
         return 1, 1
-    instances = run.args.num_distributed_optimizer_instances
-    return run.dp * run.args.context_parallel_size // instances, run.expert_dp // instances
+    return run.dp * run.args.context_parallel_size, run.expert_dp
 
 
 def stage_memory(run: CheckedRun, stage: Stage) -> Memory:

@@ -85,7 +85,8 @@ class Row:
 
     @property
     def flags(self) -> list[str]:
-        """Megatron's flags for the layout: ``tp2 etp1 ep2 pp2 vpp``, and flags as they are."""
+        """Megatron's flags for the layout: ``tp2 etp1 ep2 pp2 vpp allgather``, and what each
+        stage holds (``Et|tttL``)."""
         words = self.layout.split()
         sizes = {name: self.size(name) for name in ("tp", "pp", "ep", "etp")}
         names = {
@@ -98,6 +99,7 @@ class Row:
         flags += ["--sequence-parallel"] if "tp2" in words else []
         flags += ["--num-layers-per-virtual-pipeline-stage", "1"] if "vpp" in words else []
         flags += ["--moe-token-dispatcher-type", "allgather"] if "allgather" in words else []
+        flags += [f for w in words if "|" in w for f in ("--pipeline-model-parallel-layout", w)]
         data_parallel = self.ranks // ((sizes["tp"] or 1) * (sizes["pp"] or 1))
         micro_batch = 8 // (data_parallel * self.micro_batches)
         return [*flags, "--micro-batch-size", str(micro_batch)]
@@ -115,7 +117,8 @@ class Row:
     @property
     def name(self) -> str:
         """A file name."""
-        return f"{self.model}-{self.layout.replace(' ', '_')}-m{self.micro_batches}"
+        layout = self.layout.replace(" ", "_").replace("|", "!")
+        return f"{self.model}-{layout}-m{self.micro_batches}"
 
 
 ROWS = [
@@ -128,6 +131,13 @@ ROWS = [
     Row("k1", "tp2 allgather", full=True),
     Row("k1", "pp2", full=True),
     Row("k1", "pp2 vpp"),
+    Row("k1", "pp2 Et|tttL"),
+    Row("before-use", "pp2 Ettt|tL", full=True),
+    Row("k2", "pp2 E|ttttL", full=True),
+    Row("k2", "pp2 Ett|t||tL", full=True),
+    Row("mtp", "pp2 Ettt|tmL", full=True),
+    Row("linear", "pp2 Et|tttL"),
+    Row("k1", "pp2 dp2 ep2 Et|tttL", full=True),
     Row("k1", "dp2 ep2", micro_batches=1),
     Row("k1", "dp2 ep2", micro_batches=4),
     Row("k1", "tp2", full=True, micro_batches=4),

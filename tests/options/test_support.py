@@ -242,6 +242,9 @@ TRIGGERS = {
         f"{GOOD} --num-layers 8 --decoder-first-pipeline-num-layers 7"
         " --decoder-last-pipeline-num-layers 1",
     ],
+    "--num-distributed-optimizer-instances above 1": [
+        f"{GOOD} --use-distributed-optimizer --num-distributed-optimizer-instances 2",
+    ],
     "--lr-warmup-iters not below --lr-decay-iters": [
         f"{GOOD} --train-iters 10 --lr-warmup-iters 10",
         f"{GOOD} --train-iters 10 --lr-decay-iters 5 --lr-warmup-iters 5",
